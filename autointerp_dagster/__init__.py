@@ -1,0 +1,1 @@
+"""Explain and score the latents of sparse autoencoders, as a declarative Dagster pipeline."""

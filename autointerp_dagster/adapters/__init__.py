@@ -1,0 +1,1 @@
+"""The outside world behind core's protocols. No Dagster: usable from a notebook."""

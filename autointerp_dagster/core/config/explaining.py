@@ -1,0 +1,47 @@
+"""Which latents are explained, and how."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from autointerp_dagster.core.config.base import Parameters
+
+
+class LatentSample(Parameters):
+    """A random sample of each layer's latents, alive or not."""
+
+    sample: int = Field(ge=1)
+    """Latents per layer."""
+    per: Literal["layer"] = "layer"
+    by: Literal["random", "firing_rate"] = "random"
+    """``random``: all latents alike; ``firing_rate``: equally many from each quarter of the
+    latents that fire at least once, ordered by firing tokens."""
+    seed: int = 0
+
+
+LatentSelection = Literal["all"] | LatentSample | tuple[Annotated[int, Field(ge=0)], ...]
+"""``all``, a sample, or a list of indices used in every layer."""
+
+
+class TopTokensExplainerConfig(Parameters):
+    """No language model: the tokens with the largest summed activation, in a fixed template."""
+
+    kind: Literal["top_tokens"]
+    n_tokens: int = Field(default=8, ge=1, le=8)
+
+
+class DefaultExplainerConfig(Parameters):
+    """A chat model reads train windows and writes one sentence."""
+
+    kind: Literal["default"]
+    n_examples: int = Field(default=40, ge=1)
+    """Train windows shown, strongest quantile first."""
+    show_activations: bool = True
+    """List up to 10 marked tokens with their displayed activation under each window."""
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    max_tokens: int = Field(default=200, ge=1)
+
+
+ExplainerConfig = Annotated[
+    TopTokensExplainerConfig | DefaultExplainerConfig, Field(discriminator="kind")
+]

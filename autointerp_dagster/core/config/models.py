@@ -1,0 +1,107 @@
+"""Which models play which part, and where they run."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from autointerp_dagster.core.config.base import Parameters
+
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["bfloat16", "float32"]
+
+
+class SubjectModelConfig(Parameters):
+    """The language model being interpreted."""
+
+    execution_only: ClassVar[frozenset[str]] = frozenset({"device", "batch_size", "threads"})
+
+    source: str
+    """Hub name, local folder, or ``embedded:smollm2-135m-instruct``."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub model."""
+    dtype: DType = "bfloat16"
+    """Of weights and forward pass."""
+    device: Device = "auto"
+    """``auto``: CUDA where there is one."""
+    batch_size: int = Field(default=8, ge=1)
+    """Contexts of equal length per forward pass."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads; null: all cores. On a shared machine use 1."""
+
+
+class LocalLLMConfig(Parameters):
+    """A chat model that runs inside this process through transformers."""
+
+    execution_only: ClassVar[frozenset[str]] = frozenset({"device", "threads"})
+
+    source: str
+    """Hub name, local folder, or ``embedded:smollm2-135m-instruct``."""
+    revision: str | None = None
+    dtype: DType = "bfloat16"
+    device: Device = "auto"
+    threads: int | None = Field(default=None, ge=1)
+
+
+class RemoteLLMConfig(Parameters):
+    """A chat model behind an OpenAI-compatible server (vLLM, llama.cpp, OpenRouter, OpenAI)."""
+
+    execution_only: ClassVar[frozenset[str]] = frozenset(
+        {"api_key_env", "max_in_flight", "timeout_s", "usd_per_1m_prompt", "usd_per_1m_completion"}
+    )
+
+    base_url: str = Field(pattern=r"^https?://")
+    """Up to and including ``/v1``, e.g. ``http://127.0.0.1:8000/v1``."""
+    model: str
+    """The name that the server knows the model by."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key; the key itself is never written."""
+    max_in_flight: int = Field(default=32, ge=1)
+    """Requests under way at once."""
+    timeout_s: float = Field(default=120.0, gt=0)
+    """Seconds to wait for one answer before it is asked for again."""
+    structured_outputs: bool = True
+    """Ask for a JSON schema; switched off by itself where the server refuses it."""
+    usd_per_1m_prompt: float = Field(default=0.0, ge=0)
+    """Price of a million prompt tokens."""
+    usd_per_1m_completion: float = Field(default=0.0, ge=0)
+    """Price of a million completion tokens."""
+
+
+LLMConfig = LocalLLMConfig | RemoteLLMConfig
+
+
+class EmbedderConfig(Parameters):
+    """A sentence embedder (sentence-transformers)."""
+
+    execution_only: ClassVar[frozenset[str]] = frozenset({"device", "batch_size"})
+
+    source: str
+    """Hub name, local folder, or ``embedded:all-minilm-l6-v2``."""
+    revision: str | None = None
+    query_prefix: str = (
+        "Instruct: Retrieve sentences that could be related to the explanation.\nQuery:"
+    )
+    """Put before an explanation; empty for embedders without instructions."""
+    device: Device = "auto"
+    batch_size: int = Field(default=64, ge=1)
+
+
+class ModelsConfig(Parameters):
+    """The models of a study by the part they play."""
+
+    subject: SubjectModelConfig
+    explainer: LLMConfig
+    judge: LLMConfig | None = None
+    """Null: the explainer judges too."""
+    base_lm: LLMConfig | None = None
+    """Null: the explainer. Used by surprisal and intervention."""
+    embedder: EmbedderConfig | None = None
+    """Needed by the embedding scorer."""
+
+    @model_validator(mode="after")
+    def _default_to_explainer(self) -> "ModelsConfig":
+        if self.judge is None:
+            object.__setattr__(self, "judge", self.explainer)
+        if self.base_lm is None:
+            object.__setattr__(self, "base_lm", self.explainer)
+        return self

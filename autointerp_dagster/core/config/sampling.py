@@ -1,0 +1,58 @@
+"""Which windows of a latent are seen by whom."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from autointerp_dagster.core.config.base import Parameters
+
+
+class SamplingConfig(Parameters):
+    """How a latent's windows are cut, split and drawn (method: latent records)."""
+
+    window_len: int = Field(default=32, ge=4)
+    """Tokens per window; divides the context length."""
+    window_mode: Literal["fixed"] = "fixed"
+    """``fixed``: contexts cut into aligned windows."""
+    n_train: int = Field(default=40, ge=1)
+    """Activating windows that the explainer may see."""
+    n_select: int = Field(default=20, ge=0)
+    """Activating windows to choose between explanations with."""
+    n_test: int = Field(default=100, ge=1)
+    """Activating windows that the judge sees."""
+    n_negative_train: int = Field(default=20, ge=0)
+    n_negative_select: int = Field(default=20, ge=0)
+    n_negative_test: int = Field(default=100, ge=1)
+    """Non-activating windows, by split."""
+    n_quantiles: int = Field(default=10, ge=1, le=100)
+    """Bands of equal count by window maximum; 0 is the strongest."""
+    strategy: Literal["quantiles", "random", "top", "mix"] = "quantiles"
+    """How activating windows are drawn; ``mix`` takes 20 % from the top."""
+    negative_kinds: tuple[Literal["random"], ...] = ("random",)
+    """How non-activating windows are chosen."""
+    silent_scope: Literal["window", "context"] = "window"
+    """Where a latent must be silent for a window to count as non-activating."""
+    min_tokens: int = Field(default=200, ge=0)
+    """Firing tokens below which a latent is rare (the paper's cut)."""
+    min_test_windows: int = Field(default=20, ge=1)
+    """Activating test windows below which a latent is rare."""
+    max_window_firing_rate: float = Field(default=0.9, gt=0, le=1)
+    """Share of windows above which a latent is dense."""
+    near_duplicate_jaccard: float = Field(default=0.8, gt=0, le=1)
+    """A select or test window this similar (token 8-grams) to a chosen train window is dropped."""
+    split_block: int = Field(default=16, ge=1)
+    """Documents longer than this many contexts are split by blocks of it."""
+    train_share: float = Field(default=0.4, gt=0, lt=1)
+    select_share: float = Field(default=0.1, ge=0, lt=1)
+    """The rest is test."""
+    seed: int = 0
+    """Part of the address of every draw."""
+
+    @model_validator(mode="after")
+    def _leave_room_for_test(self) -> "SamplingConfig":
+        if self.train_share + self.select_share >= 1:
+            raise ValueError(
+                f"train_share {self.train_share} + select_share {self.select_share}: "
+                "wanted a sum below 1, so that documents are left for test."
+            )
+        return self

@@ -1,0 +1,64 @@
+"""How explanations are scored, and what the scores are compared with."""
+
+from pydantic import Field
+
+from autointerp_dagster.core.config.base import Parameters
+
+
+class DetectionConfig(Parameters):
+    """The judge says which plain windows contain the feature described."""
+
+    windows_per_prompt: int = Field(default=5, ge=1)
+    n_examples: int | None = Field(default=None, ge=1)
+    """Windows of each class per latent; null: all the test windows of the record."""
+    top_logprobs: int = Field(default=10, ge=0, le=20)
+    """0 asks for no log-probabilities."""
+
+
+class FuzzingConfig(Parameters):
+    """The judge says in which windows every marked token is an instance of the explanation."""
+
+    windows_per_prompt: int = Field(default=5, ge=1)
+    n_examples: int | None = Field(default=None, ge=1)
+    top_logprobs: int = Field(default=10, ge=0, le=20)
+    variants: tuple[str, ...] = ()
+    """Further false markings; ``active``: activating windows marked on silent tokens."""
+
+
+class EmbeddingConfig(Parameters):
+    """Windows ranked by the cosine of their embedding with the explanation's."""
+
+    n_examples: int | None = Field(default=None, ge=1)
+
+
+class ScorersConfig(Parameters):
+    """The scorers of a study; one that is absent is not run."""
+
+    detection: DetectionConfig | None = None
+    fuzzing: FuzzingConfig | None = None
+    embedding: EmbeddingConfig | None = None
+
+
+class FloorsConfig(Parameters):
+    """What a score is compared with: the same windows under another latent's explanation."""
+
+    sample: int = Field(default=200, ge=0)
+    """Explained latents per layer whose floors are measured; 0: none."""
+    max_decoder_cosine: float = Field(default=0.3, gt=-1, le=1)
+    """The other latent's decoder direction must differ at least this much."""
+    donor_block: int = Field(default=4096, ge=2)
+    """The other latent is drawn from the same aligned block of this many latents, so that a cell
+    needs no other cell and the draw does not depend on the range size, a multiple of it."""
+    seed: int = 0
+
+
+class MetricsConfig(Parameters):
+    """How verdicts become numbers."""
+
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    interpretable_cut: float = Field(default=0.6, gt=0, lt=1)
+    """A latent is called interpretable if its one-sided lower bound is above this."""
+    false_discovery_rate: float = Field(default=0.05, gt=0, lt=1)
+    n_bootstrap: int = Field(default=2000, ge=100)
+    """Resamples of latents behind an interval over a layer."""
+    seed: int = 0
