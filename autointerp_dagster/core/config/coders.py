@@ -6,7 +6,7 @@ from typing import Literal
 from autointerp_dagster.core.config.base import Parameters
 
 
-class SparsifyCoderConfig(Parameters):
+class SparsifyCoderConfig(Parameters, frozen=True):
     """SAEs on disk in sparsify's layout: one folder per hookpoint under ``path``."""
 
     format: Literal["sparsify"] = "sparsify"

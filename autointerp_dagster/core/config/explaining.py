@@ -2,12 +2,12 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from autointerp_dagster.core.config.base import Parameters
 
 
-class LatentSample(Parameters):
+class LatentSample(Parameters, frozen=True):
     """A random sample of each layer's latents, alive or not."""
 
     sample: int = Field(ge=1)
@@ -19,18 +19,29 @@ class LatentSample(Parameters):
     seed: int = 0
 
 
-LatentSelection = Literal["all"] | LatentSample | tuple[Annotated[int, Field(ge=0)], ...]
+def _kind_of_selection(value: object) -> str:
+    if isinstance(value, str):
+        return "<all>"
+    return "<list>" if isinstance(value, list | tuple) else "<sample>"
+
+
+LatentSelection = Annotated[
+    Annotated[Literal["all"], Tag("<all>")]
+    | Annotated[LatentSample, Tag("<sample>")]
+    | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Tag("<list>")],
+    Discriminator(_kind_of_selection),
+]
 """``all``, a sample, or a list of indices used in every layer."""
 
 
-class TopTokensExplainerConfig(Parameters):
+class TopTokensExplainerConfig(Parameters, frozen=True):
     """No language model: the tokens with the largest summed activation, in a fixed template."""
 
     kind: Literal["top_tokens"]
     n_tokens: int = Field(default=8, ge=1, le=8)
 
 
-class DefaultExplainerConfig(Parameters):
+class DefaultExplainerConfig(Parameters, frozen=True):
     """A chat model reads train windows and writes one sentence."""
 
     kind: Literal["default"]

@@ -1,8 +1,9 @@
 """Which models play which part, and where they run."""
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from autointerp_dagster.core.config.base import Parameters
 
@@ -10,7 +11,7 @@ Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["bfloat16", "float32"]
 
 
-class SubjectModelConfig(Parameters):
+class SubjectModelConfig(Parameters, frozen=True):
     """The language model being interpreted."""
 
     execution_only: ClassVar[frozenset[str]] = frozenset({"device", "batch_size", "threads"})
@@ -29,7 +30,7 @@ class SubjectModelConfig(Parameters):
     """CPU threads; null: all cores. On a shared machine use 1."""
 
 
-class LocalLLMConfig(Parameters):
+class LocalLLMConfig(Parameters, frozen=True):
     """A chat model that runs inside this process through transformers."""
 
     execution_only: ClassVar[frozenset[str]] = frozenset({"device", "threads"})
@@ -42,7 +43,7 @@ class LocalLLMConfig(Parameters):
     threads: int | None = Field(default=None, ge=1)
 
 
-class RemoteLLMConfig(Parameters):
+class RemoteLLMConfig(Parameters, frozen=True):
     """A chat model behind an OpenAI-compatible server (vLLM, llama.cpp, OpenRouter, OpenAI)."""
 
     execution_only: ClassVar[frozenset[str]] = frozenset(
@@ -67,10 +68,19 @@ class RemoteLLMConfig(Parameters):
     """Price of a million completion tokens."""
 
 
-LLMConfig = LocalLLMConfig | RemoteLLMConfig
+def _where_it_runs(value: object) -> str:
+    names = value if isinstance(value, Mapping) else dir(value)
+    return "<remote>" if "base_url" in names else "<local>"
 
 
-class EmbedderConfig(Parameters):
+LLMConfig = Annotated[
+    Annotated[LocalLLMConfig, Tag("<local>")] | Annotated[RemoteLLMConfig, Tag("<remote>")],
+    Discriminator(_where_it_runs),
+]
+"""With ``base_url`` a server, with ``source`` a model in this process."""
+
+
+class EmbedderConfig(Parameters, frozen=True):
     """A sentence embedder (sentence-transformers)."""
 
     execution_only: ClassVar[frozenset[str]] = frozenset({"device", "batch_size"})
@@ -86,7 +96,7 @@ class EmbedderConfig(Parameters):
     batch_size: int = Field(default=64, ge=1)
 
 
-class ModelsConfig(Parameters):
+class ModelsConfig(Parameters, frozen=True):
     """The models of a study by the part they play."""
 
     subject: SubjectModelConfig

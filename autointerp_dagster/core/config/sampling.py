@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from autointerp_dagster.core.config.base import Parameters
 
 
-class SamplingConfig(Parameters):
+class SamplingConfig(Parameters, frozen=True):
     """How a latent's windows are cut, split and drawn (method: latent records)."""
 
     window_len: int = Field(default=32, ge=4)

@@ -1,11 +1,13 @@
 """How explanations are scored, and what the scores are compared with."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from autointerp_dagster.core.config.base import Parameters
 
 
-class DetectionConfig(Parameters):
+class DetectionConfig(Parameters, frozen=True):
     """The judge says which plain windows contain the feature described."""
 
     windows_per_prompt: int = Field(default=5, ge=1)
@@ -13,33 +15,44 @@ class DetectionConfig(Parameters):
     """Windows of each class per latent; null: all the test windows of the record."""
     top_logprobs: int = Field(default=10, ge=0, le=20)
     """0 asks for no log-probabilities."""
+    seed: int = 0
+    """Part of the address of the order in which windows are shown."""
 
 
-class FuzzingConfig(Parameters):
+class FuzzingConfig(Parameters, frozen=True):
     """The judge says in which windows every marked token is an instance of the explanation."""
 
     windows_per_prompt: int = Field(default=5, ge=1)
     n_examples: int | None = Field(default=None, ge=1)
+    """As in detection."""
     top_logprobs: int = Field(default=10, ge=0, le=20)
-    variants: tuple[str, ...] = ()
+    variants: tuple[Literal["active"], ...] = ()
     """Further false markings; ``active``: activating windows marked on silent tokens."""
+    seed: int = 0
+    """Part of the address of the order of windows and of false markings."""
 
 
-class EmbeddingConfig(Parameters):
+class EmbeddingConfig(Parameters, frozen=True):
     """Windows ranked by the cosine of their embedding with the explanation's."""
 
     n_examples: int | None = Field(default=None, ge=1)
+    """As in detection."""
 
 
-class ScorersConfig(Parameters):
+class ScorersConfig(Parameters, frozen=True):
     """The scorers of a study; one that is absent is not run."""
 
     detection: DetectionConfig | None = None
     fuzzing: FuzzingConfig | None = None
     embedding: EmbeddingConfig | None = None
 
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """Names of the scorers that are run."""
+        return tuple(name for name in type(self).model_fields if getattr(self, name) is not None)
 
-class FloorsConfig(Parameters):
+
+class FloorsConfig(Parameters, frozen=True):
     """What a score is compared with: the same windows under another latent's explanation."""
 
     sample: int = Field(default=200, ge=0)
@@ -52,7 +65,7 @@ class FloorsConfig(Parameters):
     seed: int = 0
 
 
-class MetricsConfig(Parameters):
+class MetricsConfig(Parameters, frozen=True):
     """How verdicts become numbers."""
 
     confidence: float = Field(default=0.95, gt=0.5, lt=1)

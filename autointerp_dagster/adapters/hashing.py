@@ -1,0 +1,86 @@
+"""Hashes of what data says, not of how a file happens to be written.
+
+Two tables with equal columns and rows have equal hashes whatever their chunking, their null
+buffers or the Parquet library's version; that is what makes a rerun recognisable as identical.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+DIGEST_BYTES = 16
+
+
+class _Hasher(Protocol):
+    def update(self, data: bytes | memoryview, /) -> None: ...
+
+
+def json_hash(value: object) -> str:
+    """Hash of a JSON-ready value; keys in any order."""
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.blake2b(canonical.encode(), digest_size=DIGEST_BYTES).hexdigest()
+
+
+def table_hash(frame: pl.DataFrame) -> str:
+    """Hash of a table's columns (names, types, order) and rows, in the order given."""
+    hasher = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    hasher.update(f"table\0{frame.height}".encode())
+    for name in frame.columns:
+        hasher.update(f"\0{name}\0{frame.schema[name]}\0".encode())
+        _feed(hasher, _one_chunk(frame.get_column(name).to_arrow()))
+    return hasher.hexdigest()
+
+
+def tensors_hash(tensors: Mapping[str, np.ndarray]) -> str:
+    """Hash of named arrays: names, types, shapes and values."""
+    hasher = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        hasher.update(f"\0{name}\0{array.dtype.str}\0{array.shape}\0".encode())
+        hasher.update(array.tobytes())
+    return hasher.hexdigest()
+
+
+def combined_hash(named_hashes: Iterable[tuple[str, str]]) -> str:
+    """Hash of several named hashes, in any order."""
+    return json_hash(sorted(named_hashes))
+
+
+def _one_chunk(array: Any) -> pa.Array:
+    if isinstance(array, pa.ChunkedArray):
+        array = array.combine_chunks()
+    return pa.concat_arrays([array])  # drops the offset of a slice
+
+
+def _feed(hasher: _Hasher, array: pa.Array) -> None:
+    hasher.update(np.packbits(array.is_valid().to_numpy(zero_copy_only=False)).tobytes())
+    kind = array.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        lengths = pc.fill_null(array.value_lengths(), 0)
+        hasher.update(np.asarray(lengths).astype(np.int64).tobytes())
+        _feed(hasher, _one_chunk(array.flatten()))
+    elif pa.types.is_boolean(kind):
+        hasher.update(np.asarray(pc.fill_null(array, False)).astype(np.uint8).tobytes())
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        hasher.update(np.ascontiguousarray(pc.fill_null(array, 0)).tobytes())
+    elif pa.types.is_null(kind):
+        hasher.update(str(len(array)).encode())
+    else:
+        _feed_strings(hasher, array)
+
+
+def _feed_strings(hasher: _Hasher, array: pa.Array) -> None:
+    strings = _one_chunk(pc.fill_null(array.cast(pa.large_string()), ""))
+    hasher.update(
+        np.asarray(pc.call_function("binary_length", [strings])).astype(np.int64).tobytes()
+    )
+    offsets, data = strings.buffers()[1:3]
+    if data is not None and len(strings):
+        bounds = np.frombuffer(offsets, dtype=np.int64, count=len(strings) + 1)
+        hasher.update(memoryview(data)[int(bounds[0]) : int(bounds[-1])])

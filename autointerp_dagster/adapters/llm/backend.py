@@ -1,0 +1,82 @@
+"""What a language model must offer so that :class:`~.client.JournaledLLM` can ask it."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from autointerp_dagster.core.llm import Request, Token, Usage
+from autointerp_dagster.core.schemas import VerdictReason
+
+REFUSED = frozenset({"content_filter", "refusal"})
+"""Finish reasons of an answer that the model or its filter declined to give."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the model said to one call, before its format is judged."""
+
+    text: str | None
+    """Null if the model declined, or the prompt does not fit."""
+    finish_reason: str
+    """``stop``, ``length``, ``content_filter``, ``refusal``, ``too_long``, or the server's own."""
+    tokens: tuple[Token, ...] | None = None
+    """Null where the endpoint gave no log-probabilities."""
+    usage: Usage = field(default_factory=Usage)
+
+    @property
+    def reason(self) -> VerdictReason | None:
+        """Why the call can have no answer; null if there is a text to read."""
+        if self.finish_reason in REFUSED:
+            return "refused"
+        return "call_failed" if self.text is None else None
+
+
+class CallError(Exception):
+    """One call did not come back with an answer."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retriable: bool,
+        endpoint: bool = False,
+        retry_after_s: float | None = None,
+    ) -> None:
+        """Describe the failure.
+
+        Args:
+            message: Without secrets; for ``endpoint`` failures it says what to do.
+            retriable: Whether the same call may succeed later.
+            endpoint: Whether every call would fail alike (nothing listens, the key is wrong).
+            retry_after_s: How long the server asked to wait.
+        """
+        super().__init__(message)
+        self.retriable = retriable
+        self.endpoint = endpoint
+        self.retry_after_s = retry_after_s
+
+
+class Backend(Protocol):
+    """A model without journal, retries or budget."""
+
+    identity: str
+    """Part of every ``call_id``; see :class:`~autointerp_dagster.core.llm.LLM`."""
+    max_in_flight: int
+    """Groups under way at once."""
+
+    def groups(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
+        """``requests`` in their order, cut lazily into what is asked together."""
+        ...
+
+    async def ask(self, group: Sequence[Request]) -> list[Reply]:
+        """One reply per request of a group, in order.
+
+        Raises:
+            CallError: If the call failed; the group as a whole may be asked again.
+            LLMError: If no call can succeed (e.g. the key's environment variable is not set).
+        """
+        ...
+
+    async def close(self) -> None:
+        """Give connections back; the backend is not used afterwards."""
+        ...

@@ -1,0 +1,87 @@
+"""Every activation above zero of every latent, from one forward pass over the token dataset."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+import polars as pl
+
+from autointerp_dagster.adapters.coders import check_fits
+from autointerp_dagster.adapters.datasets import read_dataset
+from autointerp_dagster.adapters.spool import CachedLayers, cache_layers
+from autointerp_dagster.core.schemas import ACTIVATIONS, FIRING_COUNTS
+from autointerp_dagster.core.types import Cell, WholeStudy
+from autointerp_dagster.partitions import stage_asset
+from autointerp_dagster.resources.coders import Coders
+from autointerp_dagster.resources.models import SubjectModels
+from autointerp_dagster.resources.plots import histogram
+from autointerp_dagster.resources.progress import ProgressDisplay
+from autointerp_dagster.resources.store import OUTSIDE_CODER, Commit, StageRun, StoreResource
+from autointerp_dagster.study import Study
+
+
+def build_activation_cache(study: Study) -> dg.AssetsDefinition:
+    """The asset of one study."""
+
+    @stage_asset(study, "activation_cache")
+    def activation_cache(
+        context: dg.AssetExecutionContext,
+        store: StoreResource,
+        models: SubjectModels,
+        coders: Coders,
+        progress: ProgressDisplay,
+    ) -> Iterator[dg.MaterializeResult]:
+        model = models.of(study)
+        external = {
+            "subject_model": lambda _: model.identity(),
+            "sparse_coders": lambda layer: coders.identity(study, layer),
+        }
+        with store.stage(context, study, "activation_cache", {}, external) as stage:
+            layers = sorted({cell.layer for cell in stage.pending_cells()})
+            loaded = {layer: coders.of(study, layer) for layer in layers}
+            for layer, coder in loaded.items():
+                check_fits(coder, model, layer, study.max_num_latents)
+            # Encoding is paid for whole layers, so every range of them is committed.
+            cells = stage.pending_cells([cell for cell in study.cells if cell.layer in loaded])
+            if cells:
+                manifest = stage.input("token_dataset", WholeStudy())
+                with tempfile.TemporaryDirectory(prefix="autointerp-spool-") as folder:
+                    cached = cache_layers(
+                        model,
+                        read_dataset(stage.store, manifest),
+                        {layer: coder.coder for layer, coder in loaded.items()},
+                        {layer: [c.range for c in cells if c.layer == layer] for layer in loaded},
+                        Path(folder),
+                        progress.on(context),
+                    )
+                    for cell in cells:
+                        _commit(stage, cell, cached, model.execution)
+            yield from stage.report()
+
+    return activation_cache
+
+
+def _commit(
+    stage: StageRun, cell: Cell, cached: CachedLayers, execution: dict[str, object]
+) -> None:
+    counts = cached.firing_counts(cell.layer)
+    if cell.range.start >= counts.height:
+        stage.commit(cell, Commit([], {}, status=OUTSIDE_CODER, execution=execution))
+        return
+    activations = cached.cell(cell.layer, cell.range)
+    blobs = [
+        stage.store.put_table(ACTIVATIONS, activations),
+        stage.store.put_table(FIRING_COUNTS, counts),
+    ]
+    mine = counts.slice(cell.range.start, cell.range.stop - cell.range.start)
+    alive = mine.filter(mine["n_tokens"] > 0)
+    summary = {
+        "n_nonzeros": activations.height,
+        "n_latents": mine.height,
+        "n_alive": alive.height,
+        "dead_share": 1 - alive.height / mine.height,
+        "median_firing_tokens": alive.select(pl.col("n_tokens").cast(float).median()).item(),
+    }
+    plot = histogram(alive["n_tokens"], "tokens on which a latent fires", log=True)
+    stage.commit(cell, Commit(blobs, summary, execution=execution, shown={"firing_tokens": plot}))

@@ -1,0 +1,46 @@
+"""A judge says in which windows every marked token fits the explanation."""
+
+from collections.abc import Iterable, Iterator
+
+import dagster as dg
+
+from autointerp_dagster.core.config import FuzzingConfig
+from autointerp_dagster.core.scorers import Job, Verdict, fuzzing, judge
+from autointerp_dagster.core.types import Cell
+from autointerp_dagster.partitions import stage_asset
+from autointerp_dagster.resources.coders import Coders
+from autointerp_dagster.resources.llms import LLMs, judging_parameters, paid
+from autointerp_dagster.resources.models import SubjectModels
+from autointerp_dagster.resources.progress import ProgressDisplay
+from autointerp_dagster.resources.scoring import Scoring
+from autointerp_dagster.resources.store import StoreResource
+from autointerp_dagster.study import Study
+
+
+def build_score_fuzzing(study: Study) -> dg.AssetsDefinition:
+    """The asset of one study."""
+
+    @stage_asset(study, "score_fuzzing")
+    def score_fuzzing(
+        context: dg.AssetExecutionContext,
+        store: StoreResource,
+        models: SubjectModels,
+        coders: Coders,
+        llms: LLMs,
+        progress: ProgressDisplay,
+    ) -> Iterator[dg.MaterializeResult]:
+        config = study.scorers.fuzzing or FuzzingConfig()
+        detokenizer = models.of(study).detokenizer
+        with llms.judge(study, store.of(study)) as llm:
+            parameters = judging_parameters(llm, config, fuzzing.VERSION)
+
+            def verdicts(cell: Cell, jobs: Iterable[Job]) -> Iterator[Verdict]:
+                block_of = coders.block_of(study, cell.layer, "score_fuzzing")
+                return judge(fuzzing, jobs, config, detokenizer, llm, block_of)
+
+            with store.stage(context, study, "score_fuzzing", parameters) as stage:
+                shown = progress.on(context)
+                Scoring(stage, study, parameters, verdicts, shown, lambda: paid(llm)).commit_cells()
+                yield from stage.report()
+
+    return score_fuzzing

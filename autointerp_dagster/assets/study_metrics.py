@@ -1,0 +1,33 @@
+"""Comparisons over the whole study: own against floor, explainers, scorers, layers."""
+
+from collections.abc import Iterator
+
+import dagster as dg
+
+from autointerp_dagster.core.metrics import study_metrics_of
+from autointerp_dagster.core.schemas import LATENT_METRICS, STUDY_METRICS
+from autointerp_dagster.partitions import stage_asset
+from autointerp_dagster.resources.plots import preview
+from autointerp_dagster.resources.store import Commit, StoreResource
+from autointerp_dagster.study import Study
+
+
+def build_study_metrics(study: Study) -> dg.AssetsDefinition:
+    """The asset of one study."""
+
+    @stage_asset(study, "study_metrics")
+    def study_metrics(
+        context: dg.AssetExecutionContext, store: StoreResource
+    ) -> Iterator[dg.MaterializeResult]:
+        with store.stage(context, study, "study_metrics", study.metrics.identity()) as stage:
+            for place in stage.pending():
+                metrics = study_metrics_of(
+                    stage.table("latent_metrics", place, LATENT_METRICS.name), study.metrics
+                )
+                blob = stage.store.put_table(STUDY_METRICS, metrics)
+                shown = {"comparisons": preview(metrics)}
+                summary = {"n_comparisons": metrics.height}
+                stage.commit(place, Commit([blob], summary, stage.all_complete(place), shown=shown))
+            yield from stage.report()
+
+    return study_metrics

@@ -1,0 +1,47 @@
+"""The corpus as contexts of tokens, one document per context, BOS first."""
+
+from collections.abc import Iterator
+
+import dagster as dg
+
+from autointerp_dagster.adapters.datasets import write_dataset
+from autointerp_dagster.core.tokens import build_token_dataset
+from autointerp_dagster.partitions import stage_asset
+from autointerp_dagster.resources.corpora import Corpora
+from autointerp_dagster.resources.models import SubjectModels
+from autointerp_dagster.resources.store import Commit, StoreResource
+from autointerp_dagster.study import Study
+
+
+def build_token_dataset_asset(study: Study) -> dg.AssetsDefinition:
+    """The asset of one study."""
+
+    @stage_asset(study, "token_dataset")
+    def token_dataset(
+        context: dg.AssetExecutionContext,
+        store: StoreResource,
+        models: SubjectModels,
+        corpora: Corpora,
+    ) -> Iterator[dg.MaterializeResult]:
+        model, corpus = models.of(study), corpora.of(study)
+        external = {
+            "subject_model": lambda _: model.identity(),
+            "corpus": lambda _: corpus.identity(),
+        }
+        with store.stage(
+            context, study, "token_dataset", study.tokens.identity(), external
+        ) as stage:
+            for place in stage.pending():
+                dataset = build_token_dataset(
+                    corpus.documents(), model.encode, model.bos_id, study.tokens
+                )
+                summary = {
+                    "n_tokens": len(dataset.tokens),
+                    "n_contexts": dataset.contexts.height,
+                    "n_documents": dataset.documents.height,
+                    "n_tokens_by_source": dataset.n_tokens_by_source(),
+                }
+                stage.commit(place, Commit(write_dataset(stage.store, dataset), summary))
+            yield from stage.report()
+
+    return token_dataset

@@ -1,0 +1,153 @@
+"""The commands: run, status, why."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import dagster as dg
+import transformers
+import typer
+from rich.console import Console
+
+from autointerp_dagster.cli.report import print_report
+from autointerp_dagster.cli.run import Selection, materialize, plan
+from autointerp_dagster.cli.status import print_status
+from autointerp_dagster.cli.why import walk_score
+from autointerp_dagster.core.errors import AutoInterpError, StudyError
+from autointerp_dagster.resources.store import StoreResource
+from autointerp_dagster.study import Study, load_study
+
+app = typer.Typer(
+    help="Explain and score the latents of sparse autoencoders.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+StudyArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="STUDY", help="A study file, or the name of one in ./studies, e.g. demo."
+    ),
+]
+LayersOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Only these layers, e.g. sae@layers.9; may be given several times."),
+]
+RangesOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Only these ranges, e.g. 0000000-0002047; may be given several times."),
+]
+
+
+def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Expected errors in one line without a traceback, exit code 1."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except AutoInterpError as error:
+            Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]", end=" ")
+            Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(str(error))
+            raise typer.Exit(1) from error
+
+    return run
+
+
+@app.command()
+@_plain_errors
+def run(
+    study: StudyArgument,
+    layers: LayersOption = None,
+    ranges: RangesOption = None,
+    until: Annotated[
+        str | None,
+        typer.Option(
+            help="Stop after this stage, e.g. latent_records; the whole graph by default."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be materialized, and stop.")
+    ] = False,
+) -> None:
+    """Materialize a study, or a part of it, with progress bars.
+
+    What the store already holds is linked, not computed again. Killed at any moment, the same
+    command goes on where it stopped. The runs show in the UI as well.
+    """
+    loaded = _study(study)
+    selection = Selection.of(loaded, layers, ranges, until)
+    if dry_run:
+        plan(loaded, selection, console)
+        return
+    logging.getLogger("autointerp_dagster").addHandler(_ConsoleLines())
+    logging.getLogger("autointerp_dagster").setLevel(logging.INFO)
+    transformers.logging.disable_progress_bar()
+    with _instance() as instance:
+        materialize(loaded, selection, instance)
+    if selection.is_whole(loaded):
+        print_report(loaded, StoreResource().of(loaded), console)
+
+
+@app.command()
+@_plain_errors
+def status(study: StudyArgument) -> None:
+    """Show, for each stage, how many cells are done, cut short, or missing."""
+    loaded = _study(study)
+    print_status(loaded, StoreResource().of(loaded), console)
+
+
+@app.command()
+@_plain_errors
+def why(
+    study: StudyArgument,
+    layer: Annotated[str, typer.Argument(help="e.g. sae@layers.9")],
+    latent: Annotated[int, typer.Argument(help="Index of the latent.")],
+    scorer: Annotated[str | None, typer.Option(help="Only this scorer, e.g. detection.")] = None,
+    manifest: Annotated[
+        str | None,
+        typer.Option(help="Path of an older score manifest in the store; the newest by default."),
+    ] = None,
+) -> None:
+    """Walk a score back to the prompt, the windows, the documents and the weights that made it.
+
+    Reads the store alone: it works when Dagster's event log is gone, and for superseded scores.
+    """
+    loaded = _study(study)
+    walk_score(loaded, StoreResource().of(loaded), layer, latent, scorer, manifest, console)
+
+
+class _ConsoleLines(logging.Handler):
+    """The package's log as plain lines above the progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+
+
+def _study(name: str) -> Study:
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = Path(os.environ.get("AUTOINTERP_STUDIES", "studies")) / f"{name}.yaml"
+    if not path.exists():
+        known = sorted(found.stem for found in path.parent.glob("*.yaml"))
+        raise StudyError(f"{path}: no such study. In {path.parent}/ there are: {known}.")
+    return load_study(path)
+
+
+def _instance() -> dg.DagsterInstance:
+    """The instance of DAGSTER_HOME, which is ``./dagster_home`` unless set."""
+    home = Path(os.environ.setdefault("DAGSTER_HOME", str(Path("dagster_home").resolve())))
+    home.mkdir(parents=True, exist_ok=True)
+    settings = home / "dagster.yaml"
+    if not settings.exists():
+        settings.write_text("telemetry: {enabled: false}\nnux: {enabled: false}\n")
+    return dg.DagsterInstance.get()
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,116 @@
+"""What a finished study found, as tables in the terminal."""
+
+import polars as pl
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from autointerp_dagster.adapters.storage import Store
+from autointerp_dagster.core.metrics import HEADLINE, judge_is_too_weak
+from autointerp_dagster.core.schemas import EXPLANATIONS, LATENT_METRICS, STUDY_METRICS
+from autointerp_dagster.core.types import WholeStudy
+from autointerp_dagster.study import Study
+
+_KEY = ["coder", "hookpoint", "latent", "explainer"]
+
+
+def print_report(study: Study, store: Store, console: Console) -> None:
+    """Prints each latent with explanations, scores, intervals and floors, and the comparisons."""
+    metrics = _cells(study, store, "latent_metrics", LATENT_METRICS.name)
+    explained = _cells(study, store, "explanations", EXPLANATIONS.name)
+    console.print(_latents_table(study, metrics, explained))
+    head = store.head(study.name, "study_metrics", str(WholeStudy()))
+    if head is not None:
+        comparisons = store.table(head.blob(STUDY_METRICS.name))
+        console.print(_floors_table(comparisons))
+        for line in _warnings(study, comparisons):
+            console.print(line)
+    console.print(f"Results: {store.root}  (tables as Parquet; `autointerp status {study.name}`)")
+    console.print("Why a score is what it is: `autointerp why STUDY LAYER LATENT`.")
+    console.print("In the browser: `make ui`, then http://127.0.0.1:3000")
+
+
+def _cells(study: Study, store: Store, asset: str, table: str) -> pl.DataFrame:
+    heads = [store.head(study.name, asset, str(cell)) for cell in study.cells]
+    return pl.concat(
+        store.table(blob)
+        for head in heads
+        if head is not None
+        for blob in head.blobs
+        if blob.name.split("/")[0] == table
+    )
+
+
+def _latents_table(study: Study, metrics: pl.DataFrame, explained: pl.DataFrame) -> Table:
+    table = Table(
+        title=f"{study.name}: value [95 % interval] / floor (another latent's explanation)",
+        show_lines=False,
+    )
+    table.add_column("layer", no_wrap=True)
+    table.add_column("latent", justify="right")
+    table.add_column("explainer", no_wrap=True)
+    table.add_column("explanation", max_width=48, overflow="ellipsis", no_wrap=True)
+    for scorer in study.scorers.asked:
+        table.add_column(f"{scorer}\n{HEADLINE[scorer]}", no_wrap=True)
+    headline = _headlines(study, metrics)
+    for row in explained.filter(pl.col("selected")).sort(_KEY).iter_rows(named=True):
+        key = tuple(row[name] for name in _KEY)
+        scores = [_score(headline, key, scorer) for scorer in study.scorers.asked]
+        text = row["text"] or f"({row['status']}: {row['reason']})"
+        layer = f"{row['coder']}@{row['hookpoint']}"
+        table.add_row(layer, str(row["latent"]), row["explainer"], Text(text), *scores)
+    return table
+
+
+def _headlines(study: Study, metrics: pl.DataFrame) -> dict[tuple[object, ...], dict[str, object]]:
+    """The headline rows by (coder, hookpoint, latent, explainer, scorer, subject)."""
+    rows = metrics.filter(pl.col("variant") == "all").iter_rows(named=True)
+    return {
+        (*(row[name] for name in _KEY), row["scorer"], row["subject"]): row
+        for row in rows
+        if row["scorer"] in study.scorers.asked and row["metric"] == HEADLINE[row["scorer"]]
+    }
+
+
+def _score(
+    headline: dict[tuple[object, ...], dict[str, object]], key: tuple[object, ...], scorer: str
+) -> str:
+    own, floor = headline.get((*key, scorer, "own")), headline.get((*key, scorer, "other"))
+    if own is None or own["value"] is None:
+        return "" if own is None else str(own["status"])
+    shown = f"{own['value']:.2f}"
+    if own["lo"] is not None and own["hi"] is not None:
+        shown += f" \\[{own['lo']:.2f}, {own['hi']:.2f}]"
+    if floor is not None and floor["value"] is not None:
+        shown += f" / {floor['value']:.2f}"
+    return shown
+
+
+def _floors_table(comparisons: pl.DataFrame) -> Table:
+    table = Table("scorer", "explainer", "own minus other", "95 % interval", "p", "latents")
+    table.title = "Is a latent's own explanation better than another's? (paired over latents)"
+    rows = comparisons.filter(
+        (pl.col("comparison") == "subject") & (pl.col("statistic") == "mean_difference")
+    )
+    for row in rows.iter_rows(named=True):
+        interval = "" if row["lo"] is None else f"{row['lo']:+.3f} to {row['hi']:+.3f}"
+        table.add_row(
+            row["scorer"],
+            row["explainer"],
+            "" if row["value"] is None else f"{row['value']:+.3f}",
+            interval,
+            "" if row["p"] is None else f"{row['p']:.3f}",
+            str(row["n"]),
+        )
+    return table
+
+
+def _warnings(study: Study, comparisons: pl.DataFrame) -> list[str]:
+    """In words: where the interval of own minus other includes 0."""
+    return [
+        f"[yellow]{scorer}, {explainer}: this judge is too weak[/]: it does not tell a latent's "
+        "own explanation from another latent's (the interval includes 0)."
+        for scorer in study.scorers.asked
+        for explainer in study.explainers
+        if judge_is_too_weak(comparisons, scorer, explainer)
+    ]

@@ -1,0 +1,154 @@
+"""Materializing a study in this process: one run for the cells, then layers, then the study."""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import dagster as dg
+from rich.console import Console
+from rich.table import Table
+
+from autointerp_dagster.core.errors import AutoInterpError, StudyError
+from autointerp_dagster.core.types import Cell, Place
+from autointerp_dagster.definitions import build_resources, build_study
+from autointerp_dagster.partitions import partition_key
+from autointerp_dagster.resources.events import asset_key
+from autointerp_dagster.resources.preflight import check_study
+from autointerp_dagster.resources.progress import ProgressDisplay
+from autointerp_dagster.resources.store import StoreResource
+from autointerp_dagster.study import Study
+from autointerp_dagster.study.stages import Stage, places_of, stages_of
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What of a study is to be materialized."""
+
+    cells: tuple[Cell, ...]
+    stages: tuple[Stage, ...]
+    """Without the external ones, in the order of the data."""
+
+    @classmethod
+    def of(
+        cls, study: Study, layers: list[str] | None, ranges: list[str] | None, until: str | None
+    ) -> "Selection":
+        """The selection that the options of a command name.
+
+        Raises:
+            StudyError: If one names a layer, range or stage that the study does not have.
+        """
+        known_layers = [str(layer) for layer in study.layer_keys]
+        known_ranges = [str(block) for block in study.ranges]
+        made = [stage for stage in stages_of(study) if not stage.is_external]
+        names = [stage.name for stage in made]
+        for given, known, what in (
+            (layers or [], known_layers, "layer"),
+            (ranges or [], known_ranges, "range"),
+            ([until] if until else [], names, "stage"),
+        ):
+            for name in given:
+                if name not in known:
+                    raise StudyError(f"study {study.name}: no {what} {name!r}. It has: {known}.")
+        cells = tuple(
+            cell
+            for cell in study.cells
+            if str(cell.layer) in (layers or known_layers)
+            and str(cell.range) in (ranges or known_ranges)
+        )
+        last = names.index(until) if until else len(names) - 1
+        return cls(cells, tuple(made[: last + 1]))
+
+    def is_whole(self, study: Study) -> bool:
+        """Whether nothing of the study is left out."""
+        made = [stage for stage in stages_of(study) if not stage.is_external]
+        return len(self.cells) == len(study.cells) and len(self.stages) == len(made)
+
+
+def materialize(study: Study, selection: Selection, instance: dg.DagsterInstance) -> None:
+    """Materializes a selection in this process.
+
+    Raises:
+        AutoInterpError: What went wrong in a stage, as the stage said it.
+    """
+    check_study(study)
+    by_scope = {
+        scope: [stage for stage in selection.stages if stage.scope == scope]
+        for scope in ("study", "cell", "layer")
+    }
+    first = [stage for stage in by_scope["study"] if stage.name == "token_dataset"]
+    for corner_cells in _rectangles(study, selection.cells):
+        _run(study, [*first, *by_scope["cell"]], corner_cells, instance)
+        first = []
+    layers = [layer for layer in study.layer_keys if layer in {c.layer for c in selection.cells}]
+    covers_ranges = {cell.range for cell in selection.cells} == set(study.ranges)
+    if by_scope["layer"] and covers_ranges:
+        for layer in layers:
+            _run(study, by_scope["layer"], [layer], instance)
+    if selection.is_whole(study):
+        _run(study, [s for s in by_scope["study"] if s.name != "token_dataset"], [], instance)
+
+
+def plan(study: Study, selection: Selection, console: Console) -> None:
+    """Prints what a run would look at, and what of it the store already holds."""
+    store = StoreResource().of(study)
+    table = Table("stage", "places", "made before", title=f"{study.name}: dry run")
+    for stage in selection.stages:
+        cells: list[Place] = list(selection.cells)
+        places = cells if stage.scope == "cell" else list(places_of(study, stage.scope))
+        heads = [store.head(study.name, stage.name, str(place)) for place in places]
+        made = sum(head is not None and head.complete for head in heads)
+        table.add_row(stage.name, str(len(places)), str(made))
+    console.print(table)
+    console.print("A run checks what was made before against its inputs and redoes what changed.")
+
+
+def _run(
+    study: Study,
+    stages: list[Stage],
+    places: list[Cell] | list[Place],
+    instance: dg.DagsterInstance,
+) -> None:
+    """One Dagster run over a rectangle of places (its corners are the first and the last)."""
+    if not stages:
+        return
+    tags: dict[str, str] = {}
+    if places:
+        tags["dagster/asset_partition_range_start"] = str(partition_key(places[0]))
+        tags["dagster/asset_partition_range_end"] = str(partition_key(places[-1]))
+    resources = build_resources() | {"progress": ProgressDisplay(style="bar")}
+    try:
+        dg.materialize(
+            build_study(study),
+            selection=[asset_key(study, stage) for stage in stages],
+            instance=instance,
+            resources=resources,
+            tags=tags,
+            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+        )
+    except dg.DagsterError as error:
+        if isinstance(error.__cause__, AutoInterpError):
+            raise error.__cause__ from None
+        raise
+
+
+def _rectangles(study: Study, cells: tuple[Cell, ...]) -> list[list[Cell]]:
+    """The cells as rectangles of neighbouring layers and ranges: a run takes one of them."""
+    layers = _blocks(
+        [k for k in study.layer_keys if k in {c.layer for c in cells}], study.layer_keys
+    )
+    ranges = _blocks([r for r in study.ranges if r in {c.range for c in cells}], study.ranges)
+    return [
+        [Cell(layer, r) for layer in rows for r in block] for rows in layers for block in ranges
+    ]
+
+
+def _blocks(chosen: list[T], order: tuple[T, ...]) -> list[list[T]]:
+    blocks: list[list[T]] = []
+    for item in chosen:
+        follows = blocks and order.index(item) == order.index(blocks[-1][-1]) + 1
+        if follows:
+            blocks[-1].append(item)
+        else:
+            blocks.append([item])
+    return blocks

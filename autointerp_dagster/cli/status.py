@@ -1,0 +1,32 @@
+"""What of a study is done."""
+
+from rich.console import Console
+from rich.table import Table
+
+from autointerp_dagster.adapters.storage import Store
+from autointerp_dagster.study import Study
+from autointerp_dagster.study.stages import places_of, stages_of
+
+
+def print_status(study: Study, store: Store, console: Console) -> None:
+    """Prints, per stage, how many places are done, cut short or missing, and what they cost."""
+    table = Table("stage", "done", "cut short", "missing", "rows", "seconds", title=study.name)
+    for stage in stages_of(study):
+        if stage.is_external:
+            continue
+        heads = [
+            store.head(study.name, stage.name, str(place))
+            for place in places_of(study, stage.scope)
+        ]
+        made = [head for head in heads if head is not None]
+        cut_short = [head for head in made if not head.complete]
+        table.add_row(
+            stage.name,
+            f"{len(made) - len(cut_short)}/{len(heads)}",
+            str(len(cut_short) or ""),
+            str(len(heads) - len(made) or ""),
+            str(sum(blob.n_rows or 0 for head in made for blob in head.blobs)),
+            f"{sum(head.provenance.seconds for head in made):.1f}",
+        )
+    console.print(table)
+    console.print(f"Results: {store.root}")

@@ -1,0 +1,202 @@
+"""Walking a score back to what made it, from the store alone.
+
+verdict -> call -> prompt and answer; verdict -> window -> document; manifest -> upstream manifests
+-> weights and corpus hashes. The walk follows the manifests that the score was made from, not the
+present heads, so an old score is explained as it was.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import polars as pl
+from rich.console import Console
+from rich.markup import escape
+from rich.tree import Tree
+
+from autointerp_dagster.adapters.datasets import document_of, read_dataset
+from autointerp_dagster.adapters.llm import Entry, Journal
+from autointerp_dagster.adapters.manifests import Manifest, Upstream
+from autointerp_dagster.adapters.storage import Store
+from autointerp_dagster.core.errors import StudyError
+from autointerp_dagster.core.schemas import EXPLANATIONS, VERDICTS
+from autointerp_dagster.core.tokens import TokenDataset
+from autointerp_dagster.core.types import Cell, LayerKey
+from autointerp_dagster.study import Study
+from autointerp_dagster.study.stages import SCORE_STAGES
+
+SHOWN_WINDOWS = 4
+"""Per explainer and subject; the table in the store has them all."""
+_SHOWN_CHARACTERS = 600
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """What is known of one score, read from its manifest on."""
+
+    store: Store
+    manifest: Manifest
+    """Of the score."""
+    ancestors: dict[str, Manifest]
+    """By asset: the manifests that the score rests on."""
+    external: dict[str, str]
+    """``asset place`` to weights' or corpus hash."""
+
+    @classmethod
+    def start(cls, store: Store, manifest: Manifest) -> "Walk":
+        """Reads every manifest below ``manifest``.
+
+        Raises:
+            StoreError: If one is missing or was changed.
+        """
+        ancestors: dict[str, Manifest] = {}
+        external: dict[str, str] = {}
+        for upstream in _ancestors(store, manifest):
+            if upstream.manifest is None:
+                external[f"{upstream.asset} {upstream.cell}"] = upstream.content_hash
+            else:
+                ancestors[upstream.asset] = store.manifest(upstream.manifest)
+        return cls(store, manifest, ancestors, external)
+
+    def verdicts(self, latent: int) -> pl.DataFrame:
+        """All verdicts on a latent's windows."""
+        tables = [self.store.table(b) for b in self.manifest.blobs if b.name.startswith("verdicts")]
+        return pl.concat([VERDICTS.empty(), *tables]).filter(pl.col("latent") == latent)
+
+    def explanation(self, latent: int, explainer: str) -> dict[str, object]:
+        """The explanation's row."""
+        blob = self.ancestors["explanations"].blob(f"{EXPLANATIONS.name}/{explainer}")
+        rows = self.store.table(blob).filter((pl.col("latent") == latent) & pl.col("selected"))
+        return rows.row(0, named=True)
+
+    def dataset(self) -> TokenDataset:
+        """The tokens that the windows were cut from."""
+        return read_dataset(self.store, self.ancestors["token_dataset"])
+
+
+def walk_score(
+    study: Study,
+    store: Store,
+    layer: str,
+    latent: int,
+    scorer: str | None,
+    manifest: str | None,
+    console: Console,
+) -> None:
+    """Prints the walk of one latent's scores.
+
+    Raises:
+        StudyError: If the study has no such layer, latent or scorer, or it was never scored.
+    """
+    cell = _cell_of(study, layer, latent)
+    manifests = [store.manifest(manifest)] if manifest else list(_heads(study, store, cell, scorer))
+    if not manifests:
+        raise StudyError(
+            f"{study.name} {layer} latent {latent}: no score{f' by {scorer}' if scorer else ''}. "
+            f"Run `autointerp run {study.name}` first."
+        )
+    with Journal(store.root) as journal:
+        for found in manifests:
+            walk = Walk.start(store, found)
+            tree = Tree(f"[bold]{found.stage}[/] {escape(str(cell.layer))} latent {latent}")
+            _add_verdicts(tree, walk, journal, latent)
+            _add_manifests(tree, walk)
+            console.print(tree)
+
+
+def _add_verdicts(tree: Tree, walk: Walk, journal: Journal, latent: int) -> None:
+    verdicts = walk.verdicts(latent)
+    if verdicts.is_empty():
+        tree.add("not scored: this latent was not selected, or has no explanation")
+        return
+    dataset = walk.dataset()
+    groups = verdicts.partition_by("explainer", "subject", as_dict=True, maintain_order=True)
+    for (explainer, subject), rows in groups.items():
+        row = walk.explanation(rows["explanation_of"][0], str(explainer))
+        branch = tree.add(
+            f"explainer [bold]{explainer}[/], explanation of latent {row['latent']} "
+            f"({subject}): {escape(repr(row['text']))}"
+        )
+        _add_call(branch, journal, row["call_id"], "written by")
+        for verdict in rows.head(SHOWN_WINDOWS).iter_rows(named=True):
+            leaf = branch.add(_verdict_line(verdict, dataset))
+            _add_call(leaf, journal, verdict["call_id"], "judged by")
+        if rows.height > SHOWN_WINDOWS:
+            branch.add(f"... and {rows.height - SHOWN_WINDOWS} more windows in the table")
+
+
+def _verdict_line(verdict: dict[str, object], dataset: TokenDataset) -> str:
+    window = int(str(verdict["window_id"]))
+    context, start = window >> 16, window & 0xFFFF
+    document = document_of(dataset, context)
+    said = verdict["prediction"] if verdict["score"] is None else f"score {verdict['score']:.3g}"
+    outcome = said if verdict["status"] == "ok" else f"failed: {verdict['reason']}"
+    return escape(
+        f"window {window} (context {context}, position {start}) of document "
+        f"{document['doc_id']!r} (text {document['content_hash']}): "
+        f"activating {verdict['is_activating']}, judge said {outcome}"
+    )
+
+
+def _add_call(tree: Tree, journal: Journal, call_id: object, how: str) -> None:
+    if call_id is None:
+        return
+    entry = journal.find(str(call_id))
+    branch = tree.add(f"{how} call {call_id}")
+    if entry is None:
+        branch.add("[yellow]not in the journal any more[/]")
+        return
+    branch.add(f"model {escape(entry.model)}, {entry.time}")
+    branch.add(f"asked: {escape(_asked(entry))}")
+    branch.add(f"answered: {escape(repr(entry.reply.text))}")
+
+
+def _asked(entry: Entry) -> str:
+    last = repr(entry.messages[-1].content)
+    shown = last if len(last) <= _SHOWN_CHARACTERS else last[:_SHOWN_CHARACTERS] + "..."
+    return f"{len(entry.messages)} messages, the last: {shown}"
+
+
+def _add_manifests(tree: Tree, walk: Walk) -> None:
+    branch = tree.add("made from")
+    for manifest in (walk.manifest, *walk.ancestors.values()):
+        when, run = manifest.provenance.finished, manifest.provenance.run_id
+        branch.add(f"{manifest.path} version {manifest.stage_version}, run {run}, {when}")
+    for name, version in sorted(walk.external.items()):
+        branch.add(f"{escape(name)}: hash {version}")
+
+
+def _ancestors(store: Store, manifest: Manifest) -> Iterator[Upstream]:
+    seen: set[str] = set()
+    todo = list(manifest.upstream)
+    while todo:
+        upstream = todo.pop(0)
+        address = upstream.manifest or f"{upstream.asset} {upstream.cell}"
+        if address in seen:
+            continue
+        seen.add(address)
+        yield upstream
+        if upstream.manifest is not None:
+            todo.extend(store.manifest(upstream.manifest).upstream)
+
+
+def _cell_of(study: Study, layer: str, latent: int) -> Cell:
+    known = [str(key) for key in study.layer_keys]
+    if layer not in known:
+        raise StudyError(f"study {study.name}: no layer {layer!r}. It has: {known}.")
+    for block in study.ranges:
+        if block.start <= latent < block.stop:
+            return Cell(LayerKey.parse(layer), block)
+    raise StudyError(
+        f"study {study.name}: latent {latent} is beyond max_num_latents {study.max_num_latents}."
+    )
+
+
+def _heads(study: Study, store: Store, cell: Cell, scorer: str | None) -> Iterator[Manifest]:
+    wanted = SCORE_STAGES if scorer is None else (f"score_{scorer}",)
+    if wanted[0] not in SCORE_STAGES:
+        known = [name.removeprefix("score_") for name in SCORE_STAGES]
+        raise StudyError(f"no scorer {scorer!r}. There are: {known}.")
+    for stage in wanted:
+        head = store.head(study.name, stage, str(cell))
+        if head is not None:
+            yield head

@@ -1,0 +1,122 @@
+"""The default explainer: a chat model reads the train windows and writes one description.
+
+Source:
+    arXiv 2410.13928, section 3.1; temperature 0 is ours (the paper's figures were made at 0.7).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from autointerp_dagster.core import highlight
+from autointerp_dagster.core.config import DefaultExplainerConfig
+from autointerp_dagster.core.explainers.explanation import (
+    Explanation,
+    failed_explanation,
+    skipped_explanation,
+)
+from autointerp_dagster.core.latent_records import LatentRecord, Window
+from autointerp_dagster.core.llm import Completion, FreeText, JournalBlock, Request
+from autointerp_dagster.core.prompts import (
+    EXPLANATION_VERSION,
+    MAX_LISTED_TOKENS,
+    ShownExample,
+    explanation_prompt,
+)
+from autointerp_dagster.core.tokens import Detokenizer
+
+VERSION = f"1.{EXPLANATION_VERSION}.{highlight.VERSION}"
+"""Of this module, the prompt and the way windows are shown."""
+
+_ANSWER = FreeText()
+
+
+@dataclass(frozen=True, slots=True)
+class DefaultExplainer:
+    """Asks for what the marked tokens and their contexts have in common."""
+
+    name: str
+    config: DefaultExplainerConfig
+
+    @property
+    def asks_a_model(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def version(self) -> str:
+        """See ``VERSION``."""
+        return VERSION
+
+    def request(
+        self, record: LatentRecord, detokenizer: Detokenizer, block: JournalBlock
+    ) -> Request | None:
+        """The first ``n_examples`` train windows by rank; null where the record has none."""
+        windows = sorted(record.activating("train"), key=lambda w: w.rank)
+        if record.status != "ok" or record.max_activation is None or not windows:
+            return None
+        examples = [
+            shown_example(window, record.max_activation, detokenizer)
+            for window in windows[: self.config.n_examples]
+        ]
+        prompt = explanation_prompt(examples, self.config.show_activations)
+        return Request(
+            messages=prompt.messages,
+            answer=_ANSWER,
+            unit=f"{record.latent}/{self.name}",
+            block=block,
+            n_shared=prompt.n_shared,
+            temperature=self.config.temperature,
+            max_tokens=self.config.max_tokens,
+        )
+
+    def explanation(
+        self, record: LatentRecord, detokenizer: Detokenizer, completion: Completion | None
+    ) -> Explanation:
+        """The description after the marker, or the reason why there is none.
+
+        Raises:
+            ValueError: If the record could be asked about and no completion is given.
+        """
+        del detokenizer
+        if record.status != "ok":
+            return skipped_explanation(record.latent, self.name, record.status)
+        if not record.activating("train"):
+            return skipped_explanation(record.latent, self.name, "no_train_windows")
+        if completion is None:
+            raise ValueError(
+                f"{record.latent}: explainer {self.name!r} got no completion, wanted the answer "
+                "to its request. Ask a model first."
+            )
+        text = None if completion.reason is not None else _description(completion.text)
+        if text is None:
+            return failed_explanation(record.latent, self.name, completion)
+        return Explanation(record.latent, self.name, text, "ok", None, completion.call_id)
+
+
+def shown_example(window: Window, max_activation: float, detokenizer: Detokenizer) -> ShownExample:
+    """A window as the explainer's model sees it.
+
+    Lists the 10 most active marked tokens, the earlier first where activations tie, in the order
+    of the text.
+
+    Args:
+        window: An activating window.
+        max_activation: The latent's largest activation in the cache.
+        detokenizer: Of the subject model.
+    """
+    pieces, activations = highlight.visible_tokens(
+        detokenizer.pieces(window.tokens), window.activations
+    )
+    marks = highlight.marks_of(activations)
+    shown = highlight.display_activations(activations, max_activation)
+    marked = np.flatnonzero(marks)
+    by_activation_desc = marked[np.argsort(-activations[marked], kind="stable")]
+    listed = np.sort(by_activation_desc[:MAX_LISTED_TOKENS])
+    tokens = tuple((highlight.escape(pieces[i].strip(" ") or " "), int(shown[i])) for i in listed)
+    return ShownExample(highlight.mark_text(pieces, marks), tokens)
+
+
+def _description(answer: str | None) -> str | None:
+    text = _ANSWER.read(answer) if answer is not None else None
+    return text if text is not None and any(c.isalnum() for c in text) else None

@@ -1,0 +1,258 @@
+"""Latents' metrics of one layer to distributions over its latents, floors and counts.
+
+A layer is described by its latents, each weighing the same; verdicts are never pooled over latents.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float64
+
+from autointerp_dagster.core.config import MetricsConfig
+from autointerp_dagster.core.metrics.intervals import benjamini_hochberg, p_above, wilson
+from autointerp_dagster.core.metrics.latent import HEADLINE, P_AGAINST_OTHER
+from autointerp_dagster.core.metrics.resampling import (
+    bootstrap_means,
+    bootstrap_medians,
+    percentile_interval,
+    percentile_intervals,
+)
+from autointerp_dagster.core.rng import latent_rng
+from autointerp_dagster.core.schemas import LATENT_STATUSES, LAYER_METRICS, MAIN_VARIANT
+from autointerp_dagster.core.types import LayerKey
+
+_GROUP = ["explainer", "scorer", "subject", "variant", "metric"]
+_VALUES = ["statistic", "value", "lo", "hi", "n", "n_failed", "status"]
+
+
+def layer_metrics_of(
+    layer: LayerKey, latents: pl.DataFrame, latent_metrics: pl.DataFrame, config: MetricsConfig
+) -> pl.DataFrame:
+    """Statistics over the latents of one layer.
+
+    For every explainer, scorer, subject, variant and metric: ``median`` and ``mean`` (intervals by
+    bootstrap over latents, as estimates for the population that the latents were drawn from),
+    ``q25`` and ``q75`` (no interval). ``n`` counts latents with a value, ``n_failed`` those with a
+    row and no value; if no latent has a value the row has the commonest reason.
+
+    ``lift_over_other`` (subject ``own``): mean over floor latents of own minus other, paired.
+    ``share_interpretable`` (the scorer's headline metric, subject ``own``): share of latents with a
+    value whose true value is above ``interpretable_cut``, at ``false_discovery_rate`` among the
+    latents of this layer, explainer and scorer (one-sided :func:`.intervals.p_above`,
+    Benjamini-Hochberg); its interval is Wilson's over latents.
+
+    ``count`` (metric ``latents``): latents by variant ``all``, ``alive``, ``ok``, ``dead``,
+    ``rare``, ``dense`` (scorer, explainer null), and ``explained`` and ``not_explained`` of those
+    selected, per explainer and with explainer null ("by any" and "by none"). ``n`` is the number
+    counted among.
+
+    Args:
+        layer: Whose tables they are.
+        latents: ``LATENTS`` rows of all ranges, any order.
+        latent_metrics: ``LATENT_METRICS`` rows of all ranges, any order.
+        config: Confidence, cut, resamples, seed.
+
+    Returns:
+        ``LAYER_METRICS``.
+
+    Raises:
+        ValueError: If a table has rows of another layer or a value that is not finite.
+    """
+    check_finite(latent_metrics)
+    is_here = (pl.col("coder") == layer.coder) & (pl.col("hookpoint") == layer.hookpoint)
+    for name, frame in {"latents": latents, "latent_metrics": latent_metrics}.items():
+        if not frame.select(is_here.all()).item():
+            raise ValueError(f"layer_metrics of {layer}: {name} has rows of another layer.")
+    metrics = latent_metrics.filter(pl.col("metric") != P_AGAINST_OTHER)
+    parts = [
+        _distributions(layer, metrics, config),
+        _lifts(layer, metrics, config),
+        _interpretable(metrics, config),
+        _latent_counts(latents),
+        _explained_counts(latent_metrics),
+    ]
+    rows = pl.concat([part.select(_GROUP + _VALUES) for part in parts], how="vertical_relaxed")
+    return LAYER_METRICS.conform(rows, layer)
+
+
+def check_finite(latent_metrics: pl.DataFrame) -> None:
+    """Refuse a value that is neither a number nor null.
+
+    Raises:
+        ValueError: If ``value``, ``lo`` or ``hi`` is NaN or infinite.
+    """
+    for column in ("value", "lo", "hi"):
+        if not latent_metrics[column].is_finite().all():
+            raise ValueError(
+                f"latent_metrics: column {column} has NaN or infinity, wanted numbers or null. "
+                "A metric without a value is null, with a status that says why."
+            )
+
+
+class _Matrix(NamedTuple):
+    names: pl.DataFrame
+    """What each column is: one row per column, in order."""
+    values: Float64[np.ndarray, "latent column"]
+    """NaN where a latent has no value; latents ascending."""
+
+
+def _matrix(rows: pl.DataFrame, column: str, names: list[str]) -> _Matrix:
+    """Values of ``column`` by latent and by combination of ``names``."""
+    found = rows.select(names).unique().sort(names, nulls_last=True).with_row_index("column")
+    latents = rows.select("latent").unique().sort("latent").with_row_index("row")
+    placed = rows.select("latent", *names, column).join(latents, on="latent")
+    placed = placed.join(found, on=names, nulls_equal=True).drop_nulls(column)
+    values = np.full((latents.height, found.height), np.nan)
+    values[placed["row"].to_numpy(), placed["column"].to_numpy()] = placed[column].to_numpy()
+    return _Matrix(found.drop("column"), values)
+
+
+def _distributions(layer: LayerKey, metrics: pl.DataFrame, config: MetricsConfig) -> pl.DataFrame:
+    matrix = _matrix(metrics, "value", _GROUP)
+    means = bootstrap_means(
+        matrix.values, config.n_bootstrap, _generator(config, layer, "layer-means")
+    )
+    intervals = percentile_intervals(means, config.confidence)
+    columns = [column[~np.isnan(column)] for column in matrix.values.T]
+    rows = []
+    for index, (names, values) in enumerate(
+        zip(matrix.names.iter_rows(named=True), columns, strict=True)
+    ):
+        # Groups differ in address, so that adding a scorer changes no other row.
+        rng = _generator(config, layer, "layer-median", *names.values())
+        medians = bootstrap_medians(values, config.n_bootstrap, rng)
+        limits = {
+            "median": percentile_interval(medians, config.confidence),
+            "mean": (float(intervals.lo[index]), float(intervals.hi[index])),
+        }
+        points = _points(values)
+        for statistic, value in points.items():
+            lo, hi = limits.get(statistic, (float("nan"), float("nan")))
+            rows.append((*names.values(), statistic, value, lo, hi, len(values)))
+    table = _table(rows)
+    return table.join(_reasons(metrics), on=_GROUP, nulls_equal=True, how="left").with_columns(
+        pl.col("n_failed").fill_null(0),
+        status=pl.when(pl.col("n") > 0).then(pl.lit("ok")).otherwise("status"),
+    )
+
+
+def _points(values: Float64[np.ndarray, " latent"]) -> dict[str, float]:
+    if not len(values):
+        return dict.fromkeys(("median", "q25", "q75", "mean"), float("nan"))
+    q25, median, q75 = np.quantile(values, [0.25, 0.5, 0.75])
+    # Summed in ascending order, so that the last bit does not depend on the order of latents.
+    mean = np.sort(values).mean()
+    return {"median": float(median), "q25": float(q25), "q75": float(q75), "mean": float(mean)}
+
+
+def _reasons(metrics: pl.DataFrame) -> pl.DataFrame:
+    """Latents without a value per group, and the commonest reason (ties: first by name)."""
+    absent = metrics.filter(pl.col("value").is_null())
+    tally = absent.group_by([*_GROUP, "status"]).agg(n=pl.len())
+    ordered = tally.sort(["n", "status"], descending=[True, False])
+    return ordered.group_by(_GROUP, maintain_order=True).agg(
+        pl.col("status").first(), n_failed=pl.col("n").sum()
+    )
+
+
+def _lifts(layer: LayerKey, metrics: pl.DataFrame, config: MetricsConfig) -> pl.DataFrame:
+    pairs = paired_subjects(metrics, ["latent", "explainer", "scorer", "variant", "metric"])
+    names = ["explainer", "scorer", "variant", "metric"]
+    matrix = _matrix(pairs, "difference", names)
+    rows = []
+    for key, column in zip(matrix.names.iter_rows(named=True), matrix.values.T, strict=True):
+        known = column[~np.isnan(column)]
+        # Unlike above each group draws for itself: few latents are floors, and which of them have
+        # a pair may differ between scorers.
+        rng = _generator(config, layer, "layer-lift", *key.values())
+        means = bootstrap_means(known[:, None], config.n_bootstrap, rng)[:, 0]
+        lo, hi = percentile_interval(means, config.confidence)
+        group = (key["explainer"], key["scorer"], "own", key["variant"], key["metric"])
+        rows.append((*group, "lift_over_other", float(known.mean()), lo, hi, len(known)))
+    return _table(rows).with_columns(status=pl.lit("ok"), n_failed=pl.lit(0))
+
+
+def _generator(config: MetricsConfig, layer: LayerKey, *address: str | None) -> np.random.Generator:
+    return latent_rng(config.seed, layer, None, "\0".join(map(str, address)))
+
+
+def paired_subjects(metrics: pl.DataFrame, on: list[str]) -> pl.DataFrame:
+    """Latents with a value of their own and one under another's explanation, paired.
+
+    Args:
+        metrics: ``LATENT_METRICS`` rows.
+        on: Columns that a pair shares.
+
+    Returns:
+        ``on``, and ``difference``: own minus other.
+    """
+    known = metrics.drop_nulls("value")
+    own, other = (
+        known.filter(pl.col("subject") == subject).select(*on, "value")
+        for subject in ("own", "other")
+    )
+    pairs = own.join(other, on=on, suffix="_other", nulls_equal=True)
+    return pairs.select(*on, difference=pl.col("value") - pl.col("value_other"))
+
+
+def _interpretable(metrics: pl.DataFrame, config: MetricsConfig) -> pl.DataFrame:
+    rows = []
+    for scorer, metric in HEADLINE.items():
+        main = metrics.filter(
+            (pl.col("scorer") == scorer)
+            & (pl.col("metric") == metric)
+            & (pl.col("variant") == MAIN_VARIANT)
+            & (pl.col("subject") == "own")
+        ).drop_nulls(["value", "lo"])
+        for explainer in main["explainer"].unique().sort(nulls_last=True):
+            own = main.filter(pl.col("explainer").eq_missing(explainer))
+            value, lo = own["value"].to_numpy(), own["lo"].to_numpy()
+            p = p_above(value, lo, config.interpretable_cut, config.confidence)
+            passed = benjamini_hochberg(p) <= config.false_discovery_rate
+            share, n = np.array([passed.mean()]), np.array([float(len(p))])
+            interval = wilson(share, n, config.confidence)
+            group = (explainer, scorer, "own", MAIN_VARIANT, metric, "share_interpretable")
+            numbers = (float(share[0]), float(interval.lo[0]), float(interval.hi[0]))
+            rows.append((*group, *numbers, len(p)))
+    return _table(rows).with_columns(status=pl.lit("ok"), n_failed=pl.lit(0))
+
+
+def _latent_counts(latents: pl.DataFrame) -> pl.DataFrame:
+    counts = {name: int((latents["status"] == name).sum()) for name in LATENT_STATUSES}
+    counts["all"] = latents.height
+    counts["alive"] = latents.height - counts["dead"]
+    return _counts([(None, name, count, latents.height) for name, count in counts.items()])
+
+
+def _explained_counts(latent_metrics: pl.DataFrame) -> pl.DataFrame:
+    is_explained = (pl.col("status") != "no_explanation").any()
+    pairs = latent_metrics.group_by("explainer", "latent").agg(is_explained=is_explained)
+    anyone = latent_metrics.group_by("latent").agg(is_explained=is_explained)
+    rows = []
+    for explainer in [None, *pairs["explainer"].drop_nulls().unique().sort()]:
+        chosen = anyone if explainer is None else pairs.filter(pl.col("explainer") == explainer)
+        n = int(chosen["is_explained"].sum())
+        rows += [
+            (explainer, "explained", n, chosen.height),
+            (explainer, "not_explained", chosen.height - n, chosen.height),
+        ]
+    return _counts(rows)
+
+
+def _counts(rows: list[tuple[str | None, str, int, int]]) -> pl.DataFrame:
+    unknown = float("nan")
+    return _table(
+        [
+            (explainer, None, None, variant, "latents", "count", float(count), unknown, unknown, n)
+            for explainer, variant, count, n in rows
+        ]
+    ).with_columns(status=pl.lit("ok"), n_failed=pl.lit(0))
+
+
+def _table(rows: list[tuple]) -> pl.DataFrame:
+    names = [*_GROUP, "statistic", "value", "lo", "hi", "n"]
+    numbers = {"value": pl.Float64, "lo": pl.Float64, "hi": pl.Float64, "n": pl.Int64}
+    schema = {name: numbers.get(name, pl.String) for name in names}
+    table = pl.DataFrame(rows, schema=schema, orient="row")
+    return table.with_columns(pl.col("value", "lo", "hi").fill_nan(None))

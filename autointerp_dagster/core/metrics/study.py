@@ -1,0 +1,268 @@
+"""Comparisons across a whole study: own against other, explainers, scorers, layers.
+
+Every comparison is of the scorers' headline metrics. Latents are the units: they are paired where
+both sides scored the same latent, and resampled for the intervals.
+"""
+
+from collections.abc import Iterator
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float64
+from scipy import stats
+
+from autointerp_dagster.core.config import MetricsConfig
+from autointerp_dagster.core.metrics.latent import HEADLINE
+from autointerp_dagster.core.metrics.layer import check_finite, paired_subjects
+from autointerp_dagster.core.metrics.resampling import (
+    bootstrap_correlations,
+    bootstrap_means,
+    bootstrap_medians,
+    pearson,
+    percentile_interval,
+)
+from autointerp_dagster.core.rng import latent_rng
+from autointerp_dagster.core.schemas import MAIN_VARIANT, STUDY_METRICS
+
+_LATENT = ["coder", "hookpoint", "latent"]
+
+
+def study_metrics_of(latent_metrics: pl.DataFrame, config: MetricsConfig) -> pl.DataFrame:
+    """What the study says about its subjects, explainers, scorers and layers.
+
+    - ``subject``, a ``own``, b ``other``, per explainer and scorer: ``mean_difference`` over the
+      floor latents of all layers, and of each coder alone (a ``<coder>/own``, b ``<coder>/other``).
+    - ``explainer``, per scorer: ``mean_difference`` over latents that both explained.
+    - ``scorer``, per explainer: ``spearman`` and ``pearson`` over latents that both scored
+      (scorer null; the two are a and b).
+    - ``layer``, per explainer and scorer: ``median_difference``, unpaired, between layers
+      (``<coder>@<hookpoint>``) that share the coder or the hookpoint.
+
+    A difference is a minus b. Intervals are percentiles of a bootstrap over latents. p-values: of
+    ``mean_difference`` Wilcoxon's signed-rank test (zeros split), of the correlations the test of
+    none, of ``median_difference`` the Mann-Whitney test; they are not adjusted. ``n`` counts pairs,
+    or the latents of both layers; with fewer than two, interval and p are null, with none the value
+    is.
+
+    Args:
+        latent_metrics: ``LATENT_METRICS`` rows of all layers, any order.
+        config: Confidence, resamples, seed.
+
+    Returns:
+        ``STUDY_METRICS``.
+
+    Raises:
+        ValueError: If a value is not finite.
+    """
+    check_finite(latent_metrics)
+    headline = pl.DataFrame(
+        {"scorer": list(HEADLINE), "metric": list(HEADLINE.values())},
+        schema={"scorer": pl.String, "metric": pl.String},
+    )
+    main = latent_metrics.filter(pl.col("variant") == MAIN_VARIANT)
+    main = main.join(headline, on=["scorer", "metric"], how="semi").sort(_LATENT)
+    own = main.filter(pl.col("subject") == "own")
+    comparisons = [
+        *_subjects(main, config),
+        *_explainers(own, config),
+        *_scorers(own, config),
+        *_layers(own, config),
+    ]
+    rows = pl.DataFrame(comparisons, schema=dict(STUDY_METRICS.columns), orient="row")
+    return STUDY_METRICS.conform(rows.with_columns(pl.col("value", "lo", "hi", "p").fill_nan(None)))
+
+
+def judge_is_too_weak(study_metrics: pl.DataFrame, scorer: str, explainer: str) -> bool | None:
+    """Whether a judge cannot tell a latent's own explanation from another's.
+
+    Args:
+        study_metrics: ``STUDY_METRICS``.
+        scorer: Whose judge.
+        explainer: Whose explanations.
+
+    Returns:
+        True unless the interval of own minus other, over all layers, lies above 0; None if there
+        is no interval (no floors measured, or fewer than two).
+    """
+    row = study_metrics.filter(
+        (pl.col("comparison") == "subject")
+        & (pl.col("a") == "own")
+        & (pl.col("b") == "other")
+        & (pl.col("scorer") == scorer)
+        & (pl.col("explainer") == explainer)
+        & (pl.col("statistic") == "mean_difference")
+    )
+    if not row.height or row["lo"][0] is None:
+        return None
+    return bool(row["lo"][0] <= 0)
+
+
+class _Row(NamedTuple):
+    """In the order of ``STUDY_METRICS``."""
+
+    comparison: str
+    a: str
+    b: str
+    explainer: str | None
+    scorer: str | None
+    statistic: str
+    value: float
+    lo: float
+    hi: float
+    p: float
+    n: int
+
+
+def _names(frame: pl.DataFrame, column: str) -> list[str]:
+    return frame[column].drop_nulls().unique().sort().to_list()
+
+
+def _generator(config: MetricsConfig, *address: str | None) -> np.random.Generator:
+    purpose = "study\0" + "\0".join(map(str, address))
+    return latent_rng(config.seed, None, None, purpose)
+
+
+def _mean_difference(
+    difference: Float64[np.ndarray, " pair"],
+    comparison: tuple[str, str, str, str | None, str | None],
+    config: MetricsConfig,
+) -> _Row:
+    n, unknown = len(difference), float("nan")
+    if n < 2:
+        value = float(difference[0]) if n else unknown
+        return _Row(*comparison, "mean_difference", value, unknown, unknown, unknown, n)
+    rng = _generator(config, *comparison)
+    means = bootstrap_means(difference[:, None], config.n_bootstrap, rng)[:, 0]
+    lo, hi = percentile_interval(means, config.confidence)
+    p = 1.0
+    if difference.any():
+        p = _p_value(stats.wilcoxon(difference, zero_method="zsplit"))
+    return _Row(*comparison, "mean_difference", float(difference.mean()), lo, hi, p, n)
+
+
+def _p_value(result: Any) -> float:
+    """Of a scipy test, whose results are of many types."""
+    return float(result.pvalue)
+
+
+def _subjects(main: pl.DataFrame, config: MetricsConfig) -> Iterator[_Row]:
+    on = [*_LATENT, "explainer", "scorer"]
+    pairs = paired_subjects(main, on).sort(on, nulls_last=True)
+    asked = main.select("explainer", "scorer").unique().sort("explainer", "scorer", nulls_last=True)
+    for explainer, scorer in asked.iter_rows():
+        is_asked = pl.col("explainer").eq_missing(explainer) & (pl.col("scorer") == scorer)
+        here = pairs.filter(is_asked)
+        names = ("subject", "own", "other", explainer, scorer)
+        yield _mean_difference(here["difference"].to_numpy(), names, config)
+        for coder in _names(main, "coder"):
+            names = ("subject", f"{coder}/own", f"{coder}/other", explainer, scorer)
+            difference = here.filter(pl.col("coder") == coder)["difference"]
+            yield _mean_difference(difference.to_numpy(), names, config)
+
+
+def _paired(first: pl.DataFrame, second: pl.DataFrame) -> pl.DataFrame:
+    """``first`` and ``second``: values of the latents that have both, by latent."""
+    return (
+        first.select(*_LATENT, first="value")
+        .join(second.select(*_LATENT, second="value"), on=_LATENT)
+        .drop_nulls()
+        .sort(_LATENT)
+    )
+
+
+def _explainers(own: pl.DataFrame, config: MetricsConfig) -> Iterator[_Row]:
+    for scorer in _names(own, "scorer"):
+        here = own.filter(pl.col("scorer") == scorer)
+        for a, b in combinations(_names(here, "explainer"), 2):
+            pairs = _paired(*(here.filter(pl.col("explainer") == name) for name in (a, b)))
+            difference = (pairs["first"] - pairs["second"]).to_numpy()
+            yield _mean_difference(difference, ("explainer", a, b, None, scorer), config)
+
+
+def _scorers(own: pl.DataFrame, config: MetricsConfig) -> Iterator[_Row]:
+    for explainer in _names(own, "explainer"):
+        here = own.filter(pl.col("explainer") == explainer)
+        for a, b in combinations(_names(here, "scorer"), 2):
+            pairs = _paired(*(here.filter(pl.col("scorer") == name) for name in (a, b)))
+            names = ("scorer", a, b, explainer, None)
+            yield from _correlations(
+                pairs["first"].to_numpy(), pairs["second"].to_numpy(), names, config
+            )
+
+
+def _correlations(
+    first: Float64[np.ndarray, " latent"],
+    second: Float64[np.ndarray, " latent"],
+    comparison: tuple[str, str, str, str | None, str | None],
+    config: MetricsConfig,
+) -> Iterator[_Row]:
+    n, unknown = len(first), float("nan")
+    is_constant = n < 3 or not np.ptp(first) or not np.ptp(second)
+    if is_constant:
+        for statistic in ("spearman", "pearson"):
+            yield _Row(*comparison, statistic, unknown, unknown, unknown, unknown, n)
+        return
+    rng = _generator(config, *comparison)
+    replicates = bootstrap_correlations(first, second, config.n_bootstrap, rng)
+    found = {
+        "spearman": _p_value(stats.spearmanr(first, second)),
+        "pearson": _p_value(stats.pearsonr(first, second)),
+    }
+    ranks = (stats.rankdata(first), stats.rankdata(second))
+    for index, (statistic, p) in enumerate(found.items()):
+        a, b = ranks if statistic == "spearman" else (first, second)
+        value = float(pearson(a[None], b[None])[0])
+        lo, hi = percentile_interval(replicates[:, index], config.confidence)
+        yield _Row(*comparison, statistic, value, lo, hi, p, n)
+
+
+def _layers(own: pl.DataFrame, config: MetricsConfig) -> Iterator[_Row]:
+    groups = own.select("explainer", "scorer").unique().sort("explainer", "scorer", nulls_last=True)
+    for explainer, scorer in groups.iter_rows():
+        is_asked = pl.col("explainer").eq_missing(explainer) & (pl.col("scorer") == scorer)
+        here = own.filter(is_asked)
+        keys = here.select("coder", "hookpoint").unique().sort("coder", "hookpoint").rows()
+        samples = {key: _layer_sample(here, key, explainer, scorer, config) for key in keys}
+        for a, b in combinations(keys, 2):
+            if a[0] == b[0] or a[1] == b[1]:
+                names = ("layer", "@".join(a), "@".join(b), explainer, scorer)
+                yield _median_difference(samples[a], samples[b], names, config)
+
+
+class _Sample(NamedTuple):
+    values: Float64[np.ndarray, " latent"]
+    medians: Float64[np.ndarray, " replicate"]
+
+
+def _layer_sample(
+    here: pl.DataFrame,
+    key: tuple[str, str],
+    explainer: str | None,
+    scorer: str,
+    config: MetricsConfig,
+) -> _Sample:
+    is_here = (pl.col("coder") == key[0]) & (pl.col("hookpoint") == key[1])
+    values = here.filter(is_here)["value"].drop_nulls().to_numpy()
+    rng = _generator(config, "layer", *key, explainer, scorer)
+    return _Sample(values, bootstrap_medians(values, config.n_bootstrap, rng))
+
+
+def _median_difference(
+    a: _Sample,
+    b: _Sample,
+    comparison: tuple[str, str, str, str | None, str | None],
+    config: MetricsConfig,
+) -> _Row:
+    unknown, n = float("nan"), len(a.values) + len(b.values)
+    if not (len(a.values) and len(b.values)):
+        return _Row(*comparison, "median_difference", unknown, unknown, unknown, unknown, n)
+    value = float(np.median(a.values) - np.median(b.values))
+    if min(len(a.values), len(b.values)) < 2:
+        return _Row(*comparison, "median_difference", value, unknown, unknown, unknown, n)
+    lo, hi = percentile_interval(a.medians - b.medians, config.confidence)
+    p = 1.0
+    if np.ptp(np.concatenate([a.values, b.values])):
+        p = _p_value(stats.mannwhitneyu(a.values, b.values, method="asymptotic"))
+    return _Row(*comparison, "median_difference", value, lo, hi, p, n)

@@ -1,0 +1,45 @@
+"""Which windows and which latents are drawn; every draw is a hash under an address."""
+
+from autointerp_dagster.core.sampling.draws import (
+    Strategy,
+    draw_ranks,
+    latent_keys,
+    quantile_bands,
+    ranks_within,
+    strength_ranks,
+)
+from autointerp_dagster.core.sampling.latents import (
+    N_DONORS,
+    donors_of,
+    floor_latents,
+    processing_order,
+    select_latents,
+)
+from autointerp_dagster.core.sampling.silent import (
+    Demand,
+    Drawn,
+    Question,
+    Rows,
+    matching_demand,
+    silent_windows,
+)
+
+__all__ = [
+    "N_DONORS",
+    "Demand",
+    "Drawn",
+    "Question",
+    "Rows",
+    "Strategy",
+    "donors_of",
+    "draw_ranks",
+    "floor_latents",
+    "latent_keys",
+    "matching_demand",
+    "processing_order",
+    "quantile_bands",
+    "ranks_within",
+    "select_latents",
+    "silent_windows",
+    "strength_ranks",
+]

@@ -1,0 +1,161 @@
+"""Ranks under hashed priorities: quantiles of a latent's windows, and the order they are drawn in.
+
+A row's rank depends on its own hash and on the rows of its own latent, so order, batches, ranges
+and other latents change nothing, and (but for ``mix``) a larger draw holds a smaller one.
+"""
+
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int64, UInt64
+
+from autointerp_dagster.core.rng import address_key
+from autointerp_dagster.core.types import LayerKey
+
+Strategy = Literal["quantiles", "random", "top", "mix"]
+
+_TOP_SHARE_OF_MIX = 5  # one in five
+
+
+def latent_keys(
+    seed: int, layer: LayerKey, latents: range, purpose: str
+) -> UInt64[np.ndarray, " latent"]:
+    """One address per latent for :func:`core.rng.hash_priority`."""
+    return np.array(
+        [address_key(seed, layer, latent, purpose) for latent in latents], dtype=np.uint64
+    )
+
+
+def ranks_within(
+    group: Int64[np.ndarray, " row"],
+    priority: UInt64[np.ndarray, " row"],
+    before: Int64[np.ndarray, " row"] | None = None,
+) -> Int64[np.ndarray, " row"]:
+    """Rank of each row in its group, from 0, by ``before`` (ascending) and then by ``priority``.
+
+    Both ``group`` and ``before`` are >= 0, and together no longer than 63 bits. Rows alike in
+    all three keep their order.
+    """
+    if not len(group):
+        return np.zeros(0, dtype=np.int64)
+    order = _order(group, priority, before)
+    in_order = group[order]
+    first = np.flatnonzero(np.append(True, in_order[1:] != in_order[:-1]))
+    size = np.diff(np.append(first, len(group)))
+    ranks = np.empty(len(group), dtype=np.int64)
+    ranks[order] = np.arange(len(group)) - np.repeat(first, size)
+    return ranks
+
+
+def _order(
+    group: Int64[np.ndarray, " row"],
+    priority: UInt64[np.ndarray, " row"],
+    before: Int64[np.ndarray, " row"] | None,
+) -> Int64[np.ndarray, " row"]:
+    major = group if before is None else group * (int(before.max()) + 1) + before
+    bits = max(1, int(major.max()).bit_length())
+    # One sort of one integer: as much of the priority as fits below the other keys.
+    packed = major.astype(np.uint64) << np.uint64(64 - bits) | priority >> np.uint64(bits)
+    order = np.argsort(packed, kind="stable")
+    packed = packed[order]
+    same = packed[1:] == packed[:-1]
+    if same.any():
+        tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
+        rows = order[tied]
+        order[tied] = rows[np.lexsort((priority[rows], packed[tied]))]
+    return order
+
+
+def strength_ranks(
+    latent: Int64[np.ndarray, " window"],
+    maximum: Float32[np.ndarray, " window"],
+    priority: UInt64[np.ndarray, " window"],
+) -> Int64[np.ndarray, " window"]:
+    """Rank of each window among its latent's, strongest first; ties by ``priority``.
+
+    ``maximum`` is the largest activation in the window, > 0.
+    """
+    # The bits of positive floats sort as the floats do.
+    bits = np.ascontiguousarray(maximum).view(np.int32).astype(np.int64)
+    # bfloat16 leaves the last 16 bits 0; without them more of the priority fits into the sort.
+    scale = np.bitwise_or.reduce(bits) & -np.bitwise_or.reduce(bits) if len(bits) else 1
+    return ranks_within(latent, priority, (int(bits.max(initial=0)) - bits) // scale)
+
+
+def quantile_bands(
+    latent: Int64[np.ndarray, " window"], strength: Int64[np.ndarray, " window"], n_quantiles: int
+) -> Int64[np.ndarray, " window"]:
+    """The quantile of each window, 0 strongest: bands of equal count within a latent.
+
+    ``strength`` ranks all of the latent's windows. Where the count is no multiple of
+    ``n_quantiles``, the larger bands are spread; fewer windows than bands leave bands empty.
+    """
+    return strength * n_quantiles // np.bincount(latent)[latent] if len(latent) else strength
+
+
+def draw_ranks(
+    strategy: Strategy,
+    group: Int64[np.ndarray, " window"],
+    quantile: Int64[np.ndarray, " window"],
+    strength: Int64[np.ndarray, " window"],
+    priority: UInt64[np.ndarray, " window"],
+    n_wanted: Int64[np.ndarray, " window"],
+) -> Int64[np.ndarray, " window"]:
+    """In which order each window is drawn within its group, from 0; -1: it is not.
+
+    * ``quantiles``: one of each quantile, a second of each, and so on, so the quantiles are as
+      even as they can be; a short one is made up for evenly by the others, and which get the
+      remainder is drawn.
+    * ``random``: all alike. * ``top``: strongest first.
+    * ``mix``: the strongest fifth of ``n_wanted`` (rounded up), then as ``quantiles``.
+
+    A group is one latent's windows of one split; ``n_wanted`` is the same for all of its rows, and
+    a group with fewer rows is drawn whole.
+    """
+    turn = _turns(strategy, group, quantile, strength, priority, n_wanted)
+    ranks = np.full(len(group), -1, dtype=np.int64)
+    rows = np.flatnonzero(_in_reach(group, turn, n_wanted, int(quantile.max(initial=0)) + 1))
+    ranks[rows] = ranks_within(group[rows], priority[rows], turn[rows])
+    ranks[ranks >= n_wanted] = -1
+    return ranks
+
+
+def _turns(
+    strategy: Strategy,
+    group: Int64[np.ndarray, " window"],
+    quantile: Int64[np.ndarray, " window"],
+    strength: Int64[np.ndarray, " window"],
+    priority: UInt64[np.ndarray, " window"],
+    n_wanted: Int64[np.ndarray, " window"],
+) -> Int64[np.ndarray, " window"]:
+    """Windows of an earlier turn are drawn first; within a turn the priority decides."""
+    by_quantile = group * (int(quantile.max(initial=0)) + 1) + quantile
+    match strategy:
+        case "random":
+            return np.zeros(len(group), dtype=np.int64)
+        case "top":
+            return ranks_within(group, priority, strength)
+        case "quantiles":
+            return ranks_within(by_quantile, priority)
+        case "mix":
+            n_top = -(-n_wanted // _TOP_SHARE_OF_MIX)
+            others = np.flatnonzero(ranks_within(group, priority, strength) >= n_top)
+            turn = np.zeros(len(group), dtype=np.int64)
+            turn[others] = 1 + ranks_within(by_quantile[others], priority[others])
+            return turn
+
+
+def _in_reach(
+    group: Int64[np.ndarray, " window"],
+    turn: Int64[np.ndarray, " window"],
+    n_wanted: Int64[np.ndarray, " window"],
+    n_quantiles: int,
+) -> Bool[np.ndarray, " window"]:
+    """False for windows whose turn cannot come; saves sorting most windows of a frequent latent.
+
+    ``early`` turns are twice as many as are needed if no quantile is short. Where they hold enough
+    windows the later ones are out of reach.
+    """
+    early = turn < 2 * -(-n_wanted // n_quantiles)
+    n_early = np.bincount(group, weights=early)[group] if len(group) else n_wanted
+    return early | (n_early < n_wanted)

@@ -1,0 +1,91 @@
+"""The partition grid, layer x range, in Dagster's terms.
+
+Keys are built with ``MultiPartitionKey``, never by string: Dagster sorts dimensions by name.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import dagster as dg
+
+from autointerp_dagster.core.types import Cell, LatentRange, LayerKey, Place, WholeStudy
+from autointerp_dagster.study import Study
+from autointerp_dagster.study.stages import STAGES, Scope, Stage, upstream_of
+
+
+def partitions_of(study: Study, scope: Scope) -> dg.PartitionsDefinition | None:
+    """The partitions of an asset of this scope."""
+    layers = dg.StaticPartitionsDefinition([str(layer) for layer in study.layer_keys])
+    if scope == "study":
+        return None
+    if scope == "layer":
+        return layers
+    ranges = dg.StaticPartitionsDefinition([str(block) for block in study.ranges])
+    return dg.MultiPartitionsDefinition({"layer": layers, "range": ranges})
+
+
+def partition_key(place: Place) -> str | None:
+    """The key of a place; null for an asset without partitions."""
+    if isinstance(place, Cell):
+        return dg.MultiPartitionKey({"layer": str(place.layer), "range": str(place.range)})
+    return None if isinstance(place, WholeStudy) else str(place)
+
+
+def place_of(key: str | None) -> Place:
+    """The place that a partition key names."""
+    if key is None:
+        return WholeStudy()
+    if isinstance(key, dg.MultiPartitionKey):
+        by_dimension = key.keys_by_dimension
+        return Cell(LayerKey.parse(by_dimension["layer"]), LatentRange.parse(by_dimension["range"]))
+    return LayerKey.parse(key)
+
+
+def stage_asset(study: Study, name: str) -> Callable[[Callable[..., Any]], dg.AssetsDefinition]:
+    """``dg.asset`` for a stage of a study: key, group, partitions, inputs, limits."""
+    stage = STAGES[name]
+    with _known_betas():
+        deps = [_dependency(study, stage, upstream) for upstream in upstream_of(study, stage)]
+    options = _options(study, stage) | {
+        "code_version": stage.version,
+        "deps": deps,
+        "backfill_policy": dg.BackfillPolicy.single_run() if stage.scope != "study" else None,
+        "pool": stage.pool,
+        "automation_condition": dg.AutomationCondition.eager() if stage.follows else None,
+    }
+    with _known_betas():
+        return dg.asset(**options)
+
+
+def observed_asset(study: Study, name: str) -> Callable[[Callable[..., Any]], dg.AssetsDefinition]:
+    """``dg.observable_source_asset`` for an external input of a study."""
+    with _known_betas():
+        observed: Any = dg.observable_source_asset(**_options(study, STAGES[name]))
+    return observed
+
+
+@contextmanager
+def _known_betas() -> Iterator[None]:
+    """No warning about the beta parts of Dagster in use here; dagster is pinned below 1.14."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        yield
+
+
+def _options(study: Study, stage: Stage) -> dict[str, Any]:
+    return {
+        "name": stage.name,
+        "key_prefix": study.name,
+        "group_name": study.name,
+        "description": stage.description,
+        "tags": {f"dagster/kind/{kind}": "" for kind in stage.kinds},
+        "partitions_def": partitions_of(study, stage.scope),
+    }
+
+
+def _dependency(study: Study, stage: Stage, upstream: Stage) -> dg.AssetDep:
+    crosses = {stage.scope, upstream.scope} == {"cell", "layer"}
+    mapping = dg.MultiToSingleDimensionPartitionMapping("layer") if crosses else None
+    return dg.AssetDep(dg.AssetKey([study.name, upstream.name]), partition_mapping=mapping)

@@ -1,0 +1,40 @@
+"""Sparse coders by the study and layer that name them."""
+
+from collections.abc import Callable
+
+import dagster as dg
+
+from autointerp_dagster.adapters.coders import LoadedCoder, coder_identity, open_coder
+from autointerp_dagster.core.llm import JournalBlock
+from autointerp_dagster.core.types import LatentId, LayerKey
+from autointerp_dagster.study import Study
+
+LATENTS_PER_BLOCK = 4096
+"""Of the journal: a cell reads only the blocks of its latents."""
+
+
+class Coders(dg.ConfigurableResource):
+    """The sparse coders whose latents are explained."""
+
+    def of(self, study: Study, layer: LayerKey) -> LoadedCoder:
+        """The coder of one layer.
+
+        Raises:
+            CoderError: If its files are missing or do not fit.
+        """
+        return open_coder(study.coders[layer.coder], layer.hookpoint)
+
+    def identity(self, study: Study, layer: LayerKey) -> str:
+        """Hash of the coder's content, read again only after its files have changed.
+
+        Raises:
+            CoderError: If its files are missing or do not fit.
+        """
+        return coder_identity(study.coders[layer.coder], layer.hookpoint)
+
+    def block_of(
+        self, study: Study, layer: LayerKey, stage: str
+    ) -> Callable[[LatentId], JournalBlock]:
+        """Where the calls about a latent of this layer are journalled."""
+        coder_hash = self.identity(study, layer)
+        return lambda latent: JournalBlock(stage, coder_hash, latent.index // LATENTS_PER_BLOCK)

@@ -1,0 +1,60 @@
+"""Small tables and plots for the UI."""
+
+import base64
+import io
+
+import dagster as dg
+import numpy as np
+import polars as pl
+from matplotlib.figure import Figure
+
+PREVIEW_ROWS = 10
+_MAX_TEXT = 200
+
+
+def preview(frame: pl.DataFrame) -> dg.MetadataValue:
+    """The first rows of a table as Markdown; corpus text in it is escaped."""
+    shown = frame.head(PREVIEW_ROWS)
+    lines = ["| " + " | ".join(shown.columns) + " |", "|" + "---|" * shown.width]
+    lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in shown.iter_rows()]
+    return dg.MetadataValue.md("\n".join(lines))
+
+
+def histogram(values: pl.Series, label: str, *, log: bool = False) -> dg.MetadataValue:
+    """A histogram as an inline picture.
+
+    Args:
+        values: Finite numbers; with ``log`` above zero. May be empty.
+        label: Of the horizontal axis, with its unit.
+        log: Logarithmic bins.
+    """
+    figure = Figure(figsize=(5, 2.5), layout="constrained")
+    axes = figure.subplots()
+    numbers = values.cast(pl.Float64).to_numpy()
+    if numbers.size:
+        edges = (
+            np.geomspace(numbers.min(), numbers.max() * 1.001, 31)
+            if log
+            else np.linspace(numbers.min(), numbers.max() + 1e-9, 31)
+        )
+        axes.hist(numbers, bins=edges.tolist())
+    if log:
+        axes.set_xscale("log")
+    axes.set_xlabel(label)
+    axes.set_ylabel("count")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=80)
+    encoded = base64.b64encode(picture.getvalue()).decode()
+    return dg.MetadataValue.md(f"![{label}](data:image/png;base64,{encoded})")
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    text = str(value)
+    text = text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 1] + "…"
+    for found, escaped in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;")):
+        text = text.replace(found, escaped)
+    return text.replace("\n", " ")

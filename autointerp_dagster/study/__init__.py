@@ -1,0 +1,45 @@
+"""A study: one YAML file that says which latents of which coders are explained and scored, how.
+
+The file may ``extends:`` another study (for sweeps). Every mistake in it becomes one line that
+names file, line, key and remedy.
+"""
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from autointerp_dagster.core.errors import StudyError
+from autointerp_dagster.study.file import StudyFile
+from autointerp_dagster.study.model import BudgetConfig, Study
+
+__all__ = ["BudgetConfig", "Study", "find_studies", "load_study"]
+
+
+def load_study(path: str | Path) -> Study:
+    """Reads a study file.
+
+    Raises:
+        StudyError: If the file is missing, is no YAML, has an unknown or repeated key, or a value
+            that does not fit; one line per problem, with file, line, value and nearest key.
+    """
+    file = StudyFile.read(Path(path))
+    content = {"name": Path(path).stem, **file.content}
+    try:
+        return Study.model_validate(content)
+    except ValidationError as error:
+        problems = [file.explain(problem, Study) for problem in error.errors()]
+        raise StudyError("\n".join(problems)) from error
+
+
+def find_studies(folder: Path) -> list[Study]:
+    """The studies of a folder, by file name.
+
+    Raises:
+        StudyError: If one of them cannot be read, or two have one name.
+    """
+    studies = [load_study(path) for path in sorted(folder.glob("*.yaml"))]
+    names = [study.name for study in studies]
+    for name in names:
+        if names.count(name) > 1:
+            raise StudyError(f"{folder}: two studies are named {name!r}. Rename one of them.")
+    return studies

@@ -1,0 +1,193 @@
+"""The graph: every stage, what it is made from, and the version of the code that makes it.
+
+A stage's ``version`` is part of every fingerprint. Raise it when the stage's output changes for the
+same inputs; the golden-output test fails when that was forgotten.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from autointerp_dagster.core.types import Cell, LayerKey, Place, WholeStudy
+from autointerp_dagster.study.model import Study
+
+Scope = Literal["study", "layer", "cell"]
+"""How an asset is partitioned: not at all, by layer, by layer and range."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One asset of the graph."""
+
+    name: str
+    """Asset, module and table name."""
+    scope: Scope
+    version: str = ""
+    """Empty for external assets."""
+    upstream: tuple[str, ...] = ()
+    pool: Literal["gpu", "llm"] | None = None
+    """Limits how many steps of the kind run at once."""
+    kinds: tuple[str, ...] = ()
+    """Icons in the UI."""
+    description: str = ""
+
+    follows: bool = False
+    """Recomputed by itself when its inputs are (cheap, no language model)."""
+
+    @property
+    def is_external(self) -> bool:
+        """Observed, never made here."""
+        return not self.version
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "subject_model",
+            "study",
+            kinds=("huggingface",),
+            description="The language model being interpreted; its version is its weights' hash.",
+        ),
+        Stage("corpus", "study", description="The text; its version is the documents' hash."),
+        Stage(
+            "sparse_coders",
+            "layer",
+            kinds=("pytorch",),
+            description="One sparse coder per layer; its version is its weights' hash.",
+        ),
+        Stage(
+            "token_dataset",
+            "study",
+            "1",
+            ("subject_model", "corpus"),
+            kinds=("parquet",),
+            description="The corpus as contexts of tokens, one document per context.",
+        ),
+        Stage(
+            "activation_cache",
+            "cell",
+            "1",
+            ("subject_model", "sparse_coders", "token_dataset"),
+            pool="gpu",
+            kinds=("pytorch", "parquet"),
+            description="Every activation above zero: (latent, context, position, activation).",
+        ),
+        Stage(
+            "latent_records",
+            "cell",
+            "1",
+            ("token_dataset", "activation_cache"),
+            kinds=("polars", "parquet"),
+            description="Windows with their split, and statistics, of every latent.",
+        ),
+        Stage(
+            "explanations",
+            "cell",
+            "1",
+            ("token_dataset", "sparse_coders", "activation_cache", "latent_records"),
+            pool="llm",
+            kinds=("openai", "parquet"),
+            description="What each selected latent responds to, in words, by each explainer.",
+        ),
+        Stage(
+            "score_detection",
+            "cell",
+            "1",
+            ("token_dataset", "latent_records", "explanations"),
+            pool="llm",
+            kinds=("openai", "parquet"),
+            description="A judge says which plain windows contain the feature described.",
+        ),
+        Stage(
+            "score_fuzzing",
+            "cell",
+            "1",
+            ("token_dataset", "latent_records", "explanations"),
+            pool="llm",
+            kinds=("openai", "parquet"),
+            description="A judge says in which windows every marked token fits the explanation.",
+        ),
+        Stage(
+            "score_embedding",
+            "cell",
+            "1",
+            ("token_dataset", "latent_records", "explanations"),
+            pool="gpu",
+            kinds=("pytorch", "parquet"),
+            description="Windows ranked by the similarity of their embedding to the explanation's.",
+        ),
+        Stage(
+            "latent_metrics",
+            "cell",
+            "1",
+            (
+                "latent_records",
+                "explanations",
+                "score_detection",
+                "score_fuzzing",
+                "score_embedding",
+            ),
+            kinds=("polars", "parquet"),
+            description="Scores of each latent with intervals and floors.",
+        ),
+        Stage(
+            "layer_metrics",
+            "layer",
+            "1",
+            ("latent_records", "latent_metrics"),
+            kinds=("polars", "parquet"),
+            description="Medians, floors and counts over the latents of a layer.",
+            follows=True,
+        ),
+        Stage(
+            "study_metrics",
+            "study",
+            "1",
+            ("latent_metrics", "layer_metrics"),
+            kinds=("polars", "parquet"),
+            description="Comparisons: own against floor, explainers, scorers, layers.",
+            follows=True,
+        ),
+    )
+}
+"""In the order of the data."""
+
+SCORE_STAGES = ("score_detection", "score_fuzzing", "score_embedding")
+
+
+def stages_of(study: Study) -> list[Stage]:
+    """The stages that a study has: all but the scorers that it does not ask for."""
+    asked = {f"score_{name}" for name in study.scorers.asked}
+    return [stage for stage in STAGES.values() if stage.name in asked or not _is_scorer(stage)]
+
+
+def upstream_of(study: Study, stage: Stage) -> list[Stage]:
+    """The inputs that a stage has in this study."""
+    present = {found.name for found in stages_of(study)}
+    return [STAGES[name] for name in stage.upstream if name in present]
+
+
+def places_of(study: Study, scope: Scope) -> Iterator[Place]:
+    """Every place of an asset of this scope."""
+    if scope == "study":
+        yield WholeStudy()
+    elif scope == "layer":
+        yield from study.layer_keys
+    else:
+        yield from study.cells
+
+
+def inputs_at(study: Study, place: Place, scope: Scope) -> list[Place]:
+    """The places of an upstream asset of ``scope`` that ``place`` is made from."""
+    if isinstance(place, Cell) and scope == "cell":
+        return [place]
+    if isinstance(place, Cell) and scope == "layer":
+        return [place.layer]
+    if isinstance(place, LayerKey) and scope != "study":
+        return [p for p in places_of(study, scope) if place in (p, getattr(p, "layer", None))]
+    return list(places_of(study, scope))
+
+
+def _is_scorer(stage: Stage) -> bool:
+    return stage.name in SCORE_STAGES

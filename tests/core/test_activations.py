@@ -1,0 +1,251 @@
+"""The cache holds exactly what a plain loop with dense encoding finds."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autointerp_dagster.core.activations import Chunk, FiringCounts, Nonzeros, chunks_of
+from autointerp_dagster.core.config import TokenConfig
+from autointerp_dagster.core.errors import ModelError
+from autointerp_dagster.core.sparse_coders import SparseActivations, TopKCoder
+from autointerp_dagster.core.tokens import Document, TokenDataset, build_token_dataset
+from autointerp_dagster.core.types import LatentRange, LayerKey
+
+CPU = torch.device("cpu")
+D_IN, VOCAB = 6, 128
+
+
+class Mixer(nn.Module):
+    """Adds the running mean of the context: a position's output depends on those before it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        counts = torch.arange(1, x.shape[1] + 1)[None, :, None]
+        return torch.tanh(x + x.cumsum(1) / counts)
+
+
+class TinyModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.embed = nn.Embedding.from_pretrained(torch.randn(VOCAB, D_IN, generator=generator))
+        self.layers = nn.ModuleList(Mixer() for _ in range(3))
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        assert not use_cache
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def coder_of(seed: int, num_latents: int = 20, k: int = 4) -> TopKCoder:
+    generator = torch.Generator().manual_seed(seed)
+    return TopKCoder(
+        encoder=torch.randn(num_latents, D_IN, generator=generator),
+        bias=torch.zeros(num_latents),
+        decoder=torch.zeros(num_latents, D_IN),
+        b_dec=torch.zeros(D_IN),
+        k=k,
+    )
+
+
+A, B, C = LayerKey("sae", "layers.0"), LayerKey("sae", "layers.1"), LayerKey("wide", "layers.1")
+CODERS = {A: coder_of(1), B: coder_of(2), C: coder_of(3, num_latents=40)}
+
+
+def dataset_of(bos_id: int | None = 0) -> TokenDataset:
+    letters = np.random.default_rng(0).integers(97, 123, size=400)
+    text = "".join(map(chr, letters))
+    documents = [Document(f"d{i}", text[i * 20 : i * 20 + 11 + 3 * i]) for i in range(12)]
+    config = TokenConfig(context_len=8, min_visible=2)
+    return build_token_dataset(
+        documents, lambda texts: [[ord(c) for c in t] for t in texts], bos_id, config
+    )
+
+
+def run(
+    dataset: TokenDataset, coders: dict[LayerKey, TopKCoder] = CODERS, batch_size: int = 3
+) -> list[Chunk]:
+    return list(chunks_of(TinyModel(), dataset, coders, batch_size, CPU))
+
+
+def frame_of(chunks: list[Chunk], layer: LayerKey) -> pl.DataFrame:
+    frames = [pl.DataFrame(chunk.nonzeros[layer]._asdict()) for chunk in chunks]
+    return pl.concat(frames).sort("latent", "context", "position")
+
+
+def by_plain_loop(dataset: TokenDataset, layer: LayerKey) -> pl.DataFrame:
+    """One context and one token at a time, dense, with every layer of the model run."""
+    model, coder, rows = TinyModel(), CODERS[layer], []
+    for context in range(dataset.contexts.height):
+        tokens = torch.from_numpy(dataset.context_tokens(context)).long()
+        x = model.embed(tokens[None])
+        for module in model.layers[: int(layer.hookpoint[-1]) + 1]:
+            x = module(x)
+        for position in range(dataset.first_visible, len(tokens)):
+            dense = coder.encode_dense(x[0, position : position + 1])[0].to(torch.bfloat16)
+            rows += [
+                (latent, context, position, float(dense[latent]))
+                for latent in range(coder.num_latents)
+                if dense[latent] > 0
+            ]
+    names = ["latent", "context", "position", "activation"]
+    schema = dict(zip(names, [pl.UInt32, pl.UInt32, pl.UInt16, pl.Float32], strict=True))
+    return pl.DataFrame(rows, schema=schema, orient="row").sort(names[:3])
+
+
+def assert_same(a: pl.DataFrame, b: pl.DataFrame) -> None:
+    """The same non-zeros; values may differ by one rounding step of bfloat16."""
+    place = ["latent", "context", "position"]
+    assert a.select(place).equals(b.select(place))
+    np.testing.assert_allclose(a["activation"], b["activation"], rtol=2**-7)
+
+
+@pytest.mark.parametrize("bos_id", [0, None])
+@pytest.mark.parametrize("layer", [A, B, C], ids=str)
+def test_nonzeros_equal_a_plain_loop_with_dense_encoding(
+    layer: LayerKey, bos_id: int | None
+) -> None:
+    dataset = dataset_of(bos_id)
+    found = frame_of(run(dataset), layer)
+    assert found.height > 100
+    assert_same(found, by_plain_loop(dataset, layer))
+
+
+def test_bos_is_in_the_models_input_but_not_in_the_cache() -> None:
+    with_bos, without = dataset_of(0), dataset_of(None)
+    positions = frame_of(run(with_bos), A)["position"]
+    assert positions.min() == 1
+    assert frame_of(run(without), A)["position"].min() == 0
+    # The model mixes the context, so BOS changes what every later position says.
+    other_bos = replace(with_bos, tokens=np.where(with_bos.tokens == 0, 1, with_bos.tokens))
+    assert not frame_of(run(other_bos), A).equals(frame_of(run(with_bos), A))
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_the_batch_size_changes_nothing(batch_size: int) -> None:
+    dataset = dataset_of()
+    for layer in CODERS:
+        expected = frame_of(run(dataset), layer)
+        assert_same(frame_of(run(dataset, batch_size=batch_size), layer), expected)
+
+
+def test_other_layers_and_their_order_change_nothing() -> None:
+    dataset = dataset_of()
+    together = run(dataset)
+    backwards = run(dataset, dict(reversed(CODERS.items())))
+    for layer in CODERS:
+        expected = frame_of(run(dataset, {layer: CODERS[layer]}), layer)
+        assert frame_of(together, layer).equals(expected)
+        assert frame_of(backwards, layer).equals(expected)
+
+
+def test_columns_of_a_chunk_are_sorted_and_rounded_to_bfloat16() -> None:
+    for chunk in run(dataset_of()):
+        nonzeros = chunk.nonzeros[C]
+        frame = pl.DataFrame(nonzeros._asdict())
+        assert frame.equals(frame.sort("latent", "context", "position"))
+        assert (nonzeros.activation.view(np.uint32) & 0xFFFF == 0).all()
+        assert (nonzeros.activation > 0).all()
+
+
+def test_activations_beyond_float16_stay_finite() -> None:
+    loud = replace(CODERS[A], encoder=CODERS[A].encoder * 1e8)
+    activation = frame_of(run(dataset_of(), {A: loud}), A)["activation"]
+    assert activation.max() > 1e8  # type: ignore[operator]
+    assert activation.is_finite().all()
+
+
+def test_ranges_cut_a_chunk_into_disjoint_parts() -> None:
+    nonzeros = run(dataset_of())[0].nonzeros[C]
+    parts = [nonzeros.within(LatentRange(i, i + 10)) for i in range(0, 40, 10)]
+    for whole, *of_parts in zip(nonzeros, *parts, strict=True):
+        assert np.array_equal(np.concatenate(of_parts), whole)
+    assert nonzeros.within(LatentRange(40, 80)).latent.size == 0
+
+
+def test_firing_counts_equal_a_group_by_and_list_every_latent() -> None:
+    chunks = run(dataset_of())
+    counts = FiringCounts(41)  # one latent more than fires
+    for chunk in chunks:
+        counts.add(chunk.nonzeros[C])
+    expected = (
+        frame_of(chunks, C)
+        .group_by("latent")
+        .agg(
+            n_tokens=pl.len().cast(pl.UInt64),
+            n_contexts=pl.col("context").n_unique().cast(pl.UInt64),
+            max_activation=pl.col("activation").max(),
+        )
+    )
+    table = counts.table()
+    assert table["latent"].to_list() == list(range(41))
+    assert table.filter(pl.col("n_tokens") > 0).equals(expected.sort("latent"))
+    assert table.row(40) == (40, 0, 0, None)
+
+
+def test_firing_counts_by_hand() -> None:
+    counts = FiringCounts(4)
+    # Latent 1 fires in contexts 5, 5 and 6; latent 2 begins in context 6, where 1 ended.
+    counts.add(
+        Nonzeros(
+            np.array([1, 1, 1, 2], dtype=np.uint32),
+            np.array([5, 5, 6, 6], dtype=np.uint32),
+            np.array([1, 2, 1, 1], dtype=np.uint16),
+            np.array([1.0, 3.0, 2.0, 0.5], dtype=np.float32),
+        )
+    )
+    assert counts.table().rows() == [
+        (0, 0, 0, None),
+        (1, 3, 2, 3.0),
+        (2, 1, 1, 0.5),
+        (3, 0, 0, None),
+    ]
+
+
+def test_nan_from_the_model_is_an_error_that_names_hookpoint_and_context() -> None:
+    dataset, model = dataset_of(), TinyModel()
+    bad = int(dataset.context_tokens(4)[2])
+    model.embed.weight.data[bad] = torch.nan
+    first = min(
+        i for i in range(dataset.contexts.height) if bad in dataset.context_tokens(i)[1:].tolist()
+    )
+    with pytest.raises(ModelError, match=rf"'layers\.0', context {first}:"):
+        list(chunks_of(model, dataset, {A: CODERS[A]}, 1, CPU))
+
+
+@dataclass(frozen=True)
+class EncodeSpy:
+    """A coder that notes how many tokens it was given at once."""
+
+    coder: TopKCoder
+    sizes: list[int]
+
+    @property
+    def num_latents(self) -> int:
+        return self.coder.num_latents
+
+    @property
+    def d_in(self) -> int:
+        return self.coder.d_in
+
+    def encode(self, x: Tensor) -> SparseActivations:
+        self.sizes.append(len(x))
+        return self.coder.encode(x)
+
+    def decoder_rows(self, latents: list[int]) -> Tensor:
+        return self.coder.decoder_rows(latents)
+
+    def to(self, device: torch.device) -> "EncodeSpy":
+        return self
+
+
+def test_chunks_come_one_at_a_time() -> None:
+    spy = EncodeSpy(CODERS[A], [])
+    chunks = chunks_of(TinyModel(), dataset_of(), {A: spy}, 3, CPU)
+    next(chunks)
+    assert spy.sizes == [3 * 7]  # 3 contexts of 7 visible tokens
