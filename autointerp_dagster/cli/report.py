@@ -1,5 +1,7 @@
 """What a finished study found, as tables in the terminal."""
 
+from typing import Any
+
 import polars as pl
 from rich.console import Console
 from rich.table import Table
@@ -8,8 +10,11 @@ from rich.text import Text
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.core.metrics import HEADLINE, judge_is_too_weak
 from autointerp_dagster.core.schemas import EXPLANATIONS, LATENT_METRICS, STUDY_METRICS
-from autointerp_dagster.core.types import WholeStudy
+from autointerp_dagster.core.types import LayerKey, WholeStudy
 from autointerp_dagster.study import Study
+
+Headlines = dict[tuple[Any, ...], dict[str, Any]]
+"""Rows of ``latent_metrics`` by (coder, hookpoint, latent, explainer, scorer, subject)."""
 
 _KEY = ["coder", "hookpoint", "latent", "explainer"]
 
@@ -18,7 +23,12 @@ def print_report(study: Study, store: Store, console: Console) -> None:
     """Prints each latent with explanations, scores, intervals and floors, and the comparisons."""
     metrics = _cells(study, store, "latent_metrics", LATENT_METRICS.name)
     explained = _cells(study, store, "explanations", EXPLANATIONS.name)
-    console.print(_latents_table(study, metrics, explained))
+    headline = _headlines(study, metrics)
+    for layer in study.layer_keys:
+        mine = explained.filter(
+            (pl.col("coder") == layer.coder) & (pl.col("hookpoint") == layer.hookpoint)
+        )
+        console.print(_layer_table(study, layer, mine, headline))
     head = store.head(study.name, "study_metrics", str(WholeStudy()))
     if head is not None:
         comparisons = store.table(head.blob(STUDY_METRICS.name))
@@ -41,29 +51,26 @@ def _cells(study: Study, store: Store, asset: str, table: str) -> pl.DataFrame:
     )
 
 
-def _latents_table(study: Study, metrics: pl.DataFrame, explained: pl.DataFrame) -> Table:
+def _layer_table(
+    study: Study, layer: LayerKey, explained: pl.DataFrame, headline: Headlines
+) -> Table:
     table = Table(
-        title=f"{study.name}: value [95 % interval] / floor (another latent's explanation)",
-        show_lines=False,
+        title=f"{layer}: value / floor [95 % interval]", show_lines=True, title_justify="left"
     )
-    table.add_column("layer", no_wrap=True)
-    table.add_column("latent", justify="right")
-    table.add_column("explainer", no_wrap=True)
-    table.add_column("explanation", max_width=48, overflow="ellipsis", no_wrap=True)
+    table.add_column("latent, explainer, explanation", ratio=1)
     for scorer in study.scorers.asked:
         table.add_column(f"{scorer}\n{HEADLINE[scorer]}", no_wrap=True)
-    headline = _headlines(study, metrics)
     for row in explained.filter(pl.col("selected")).sort(_KEY).iter_rows(named=True):
         key = tuple(row[name] for name in _KEY)
+        text = Text.assemble((f"{row['latent']} ", "bold"), (f"{row['explainer']}: ", "dim"))
+        text.append(row["text"] or f"({row['status']}: {row['reason']})")
         scores = [_score(headline, key, scorer) for scorer in study.scorers.asked]
-        text = row["text"] or f"({row['status']}: {row['reason']})"
-        layer = f"{row['coder']}@{row['hookpoint']}"
-        table.add_row(layer, str(row["latent"]), row["explainer"], Text(text), *scores)
+        table.add_row(text, *scores)
     return table
 
 
-def _headlines(study: Study, metrics: pl.DataFrame) -> dict[tuple[object, ...], dict[str, object]]:
-    """The headline rows by (coder, hookpoint, latent, explainer, scorer, subject)."""
+def _headlines(study: Study, metrics: pl.DataFrame) -> Headlines:
+    """The headline metric of each scorer, over all windows."""
     rows = metrics.filter(pl.col("variant") == "all").iter_rows(named=True)
     return {
         (*(row[name] for name in _KEY), row["scorer"], row["subject"]): row
@@ -72,17 +79,15 @@ def _headlines(study: Study, metrics: pl.DataFrame) -> dict[tuple[object, ...], 
     }
 
 
-def _score(
-    headline: dict[tuple[object, ...], dict[str, object]], key: tuple[object, ...], scorer: str
-) -> str:
+def _score(headline: Headlines, key: tuple[object, ...], scorer: str) -> str:
     own, floor = headline.get((*key, scorer, "own")), headline.get((*key, scorer, "other"))
     if own is None or own["value"] is None:
         return "" if own is None else str(own["status"])
     shown = f"{own['value']:.2f}"
-    if own["lo"] is not None and own["hi"] is not None:
-        shown += f" \\[{own['lo']:.2f}, {own['hi']:.2f}]"
     if floor is not None and floor["value"] is not None:
         shown += f" / {floor['value']:.2f}"
+    if own["lo"] is not None and own["hi"] is not None:
+        shown += f"\n\\[{own['lo']:.2f}, {own['hi']:.2f}]"
     return shown
 
 
@@ -90,7 +95,9 @@ def _floors_table(comparisons: pl.DataFrame) -> Table:
     table = Table("scorer", "explainer", "own minus other", "95 % interval", "p", "latents")
     table.title = "Is a latent's own explanation better than another's? (paired over latents)"
     rows = comparisons.filter(
-        (pl.col("comparison") == "subject") & (pl.col("statistic") == "mean_difference")
+        (pl.col("comparison") == "subject")
+        & (pl.col("a") == "own")
+        & (pl.col("statistic") == "mean_difference")
     )
     for row in rows.iter_rows(named=True):
         interval = "" if row["lo"] is None else f"{row['lo']:+.3f} to {row['hi']:+.3f}"

@@ -81,10 +81,12 @@ class Table:
             frame = frame.select(pl.col(n).cast(t) for n, t in self.columns.items())
         except pl.exceptions.InvalidOperationError as error:
             raise ValueError(f"table {self.name}: {error}") from error
-        frame = frame.sort(self.key, nulls_last=True)
-        repeated = frame.select(pl.struct(self.key).is_duplicated().sum()).item()
+        constant = () if layer is None else ("coder", "hookpoint")
+        frame = frame.sort([name for name in self.key if name not in constant], nulls_last=True)
+        as_before = [pl.col(name).eq_missing(pl.col(name).shift(1)) for name in self.key]
+        repeated = frame.select(pl.all_horizontal(as_before).slice(1).sum()).item()
         if repeated:
-            raise ValueError(f"table {self.name}: {repeated} rows share a key {self.key}.")
+            raise ValueError(f"table {self.name}: {repeated} rows repeat a key {self.key}.")
         return frame
 
 

@@ -157,14 +157,14 @@ def _context_blocks(
 
 
 def check_splits(
-    grid: WindowGrid, window: Int64[np.ndarray, " row"], split: Int8[np.ndarray, " row"]
+    grid: WindowGrid, window: Int64[np.ndarray, " row"], split: Int64[np.ndarray, " row"]
 ) -> None:
     """Verify that no document block is in two splits, whatever drew the windows.
 
     Raises:
         RuntimeError: If one is; a bug here, never a fault of the data.
     """
-    seen = np.full(int(grid.block.max(initial=-1)) + 1, -1, dtype=np.int8)
+    seen = np.full(int(grid.block.max(initial=-1)) + 1, -1, dtype=np.int64)
     blocks = grid.block[window]
     seen[blocks] = split
     wrong = np.flatnonzero(seen[blocks] != split)

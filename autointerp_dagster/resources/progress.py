@@ -1,7 +1,10 @@
 """How far a long loop is: a bar in a terminal, now and then a line in Dagster's log."""
 
+import logging
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import dagster as dg
@@ -17,6 +20,8 @@ from rich.progress import (
 T = TypeVar("T")
 
 LOG_EVERY_S = 15.0
+
+_logger = logging.getLogger(__name__)
 
 
 class ProgressDisplay(dg.ConfigurableResource):
@@ -47,40 +52,47 @@ class ShownProgress:
         note: Callable[[], str] | None = None,
     ) -> Iterator[T]:
         """The items, unchanged and in order."""
-        if self._style == "bar":
-            return _bar(items, total, description, unit, note or str)
-        return self._lines(items, total, description, unit, note or str)
-
-    def _lines(
-        self, items: Iterable[T], total: int, description: str, unit: str, note: Callable[[], str]
-    ) -> Iterator[T]:
-        started = last = time.monotonic()
-        for done, item in enumerate(items, start=1):
-            yield item
-            now = time.monotonic()
-            if now - last >= LOG_EVERY_S and done < total:
-                last = now
-                left = (now - started) / done * (total - done)
-                self._context.log.info(
-                    "%s: %d/%d %s, %.0f s left %s", description, done, total, unit, left, note()
-                )
+        task = _Task(f"{self._context.asset_key.path[-1]} {description}", total, unit, note or str)
+        if self._style == "log":
+            return _lines(items, task, self._context.log.info)
+        if not sys.stdout.isatty():  # a log file or a pipe: a bar would be noise
+            return _lines(items, task, _logger.info)
+        return _bar(items, task)
 
 
-def _bar(
-    items: Iterable[T], total: int, description: str, unit: str, note: Callable[[], str]
-) -> Iterator[T]:
+@dataclass(frozen=True, slots=True)
+class _Task:
+    description: str
+    total: int
+    unit: str
+    note: Callable[[], str]
+
+
+def _lines(items: Iterable[T], task: _Task, say: Callable[..., None]) -> Iterator[T]:
+    started = last = time.monotonic()
+    for done, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - last >= LOG_EVERY_S and done < task.total:
+            last = now
+            left = (now - started) / done * (task.total - done)
+            message = "%s: %d/%d %s, %.0f s left %s"
+            say(message, task.description, done, task.total, task.unit, left, task.note())
+
+
+def _bar(items: Iterable[T], task: _Task) -> Iterator[T]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(unit),
+        TextColumn(task.unit),
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, transient=True) as progress:
-        task = progress.add_task(description, total=total, note="")
+        shown = progress.add_task(task.description, total=task.total, note="")
         for item in items:
             yield item
-            progress.update(task, advance=1, note=note())
+            progress.update(shown, advance=1, note=task.note())

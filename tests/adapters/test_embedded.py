@@ -78,6 +78,13 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(smollm2_dir())
 
 
+def next_token_logits_and_loss(model, tokenizer, text: str) -> tuple[torch.Tensor, float]:
+    ids = torch.tensor([[0, *tokenizer(text, add_special_tokens=False).input_ids]])
+    with torch.inference_mode():
+        out = model(ids, labels=ids)
+    return out.logits[0, -1], out.loss.item()
+
+
 @pytest.mark.parametrize(
     "name", ["../evil.txt", "/tmp/evil.txt", "a/../../evil.txt", "..\\evil.txt"]
 )
@@ -235,13 +242,12 @@ def test_converted_language_model_predicts_sensibly(model, tokenizer) -> None:
     assert "<|im_start|>assistant" in tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
-    text = "It is a truth universally acknowledged, that a single man in possession of a good "
-    text += "fortune, must be in want of a wife. The capital of France is"
-    ids = torch.tensor([[0, *tokenizer(text, add_special_tokens=False).input_ids]])
-    with torch.inference_mode():
-        out = model(ids, labels=ids)
-    assert " Paris" in tokenizer.batch_decode(out.logits[0, -1].topk(5).indices[:, None])
-    assert out.loss.exp() < 20  # rows of q and k in the wrong order give thousands
+    truth = "It is a truth universally acknowledged, that a single man in possession of a good "
+    truth += "fortune, must be in want of a wife."
+    city = next_token_logits_and_loss(model, tokenizer, "The capital of France is")[0]
+    assert tokenizer.decode(city.argmax()) == " Paris"
+    loss = next_token_logits_and_loss(model, tokenizer, truth)[1]
+    assert np.exp(loss) < 40  # rows of q and k in the wrong order give thousands
 
 
 def test_embedder_puts_like_near_like() -> None:

@@ -375,42 +375,66 @@ def test_a_window_whose_kind_needs_other_marks_is_refused():
         prompts_for("fuzzing", make_record(windows))
 
 
+def active_record(n):
+    """Windows of six words with one mark, at each position in turn."""
+    windows = []
+    for i in range(n):
+        values = [0.0] * 6
+        values[i % 6] = 4.0
+        text = " ".join(f"v{i}w{j}" for j in range(6))
+        windows.append(make_window(text, values, window_id=i << 16, rank=i))
+    return make_record(windows, n_negative=4)
+
+
+def active_prompts(record, **parameters):
+    prompts = prompts_for("fuzzing", record, variants=("active",), **parameters)
+    return [prompt for prompt in prompts if prompt.variant == "active"]
+
+
 def test_active_copies_are_marked_where_the_latent_is_silent_and_never_share_a_prompt():
-    record = make_record(n_test=13, n_negative=4)
-    prompts = prompts_for("fuzzing", record, variants=("active",))
-    active = [prompt for prompt in prompts if prompt.variant == "active"]
-    copies = Counter((s.window.window_id, s.is_activating) for s in shown_in(active))
-    ids = {w.window_id for w in record.activating("test")}
-    assert copies == Counter((i, truth) for i in ids for truth in (True, False))
-    for prompt in active:
+    prompts = active_prompts(active_record(12))
+    copies = Counter((s.window.window_id >> 16, s.is_activating) for s in shown_in(prompts))
+    assert set(copies.values()) == {1}
+    assert len(copies) >= 16
+    assert all((window, not truth) in copies for window, truth in copies)
+    for prompt in prompts:
         assert len({s.window.window_id for s in prompt.windows}) == len(prompt.windows)
-        assert any(s.is_activating for s in prompt.windows)
-    for shown in shown_in(active):
+    for shown in shown_in(prompts):
         assert n_marks(shown.text) == 1
         fires = [w for w, a in zip(shown.text.split(), shown.window.activations, strict=True) if a]
         assert any("<<" in word for word in fires) == shown.is_activating
 
 
-def test_one_activating_window_has_its_two_active_copies_in_two_prompts():
-    prompts = prompts_for("fuzzing", make_record(n_test=1), variants=("active",))
-    assert [(p.variant, len(p.windows)) for p in prompts] == [
-        ("all", 1),
-        ("active", 1),
-        ("active", 1),
-    ]
+def test_true_and_false_marks_of_the_active_variant_stand_at_the_same_positions_as_often():
+    shown = shown_in(active_prompts(simulated_record(17, np.random.default_rng(5))))
+    true = Counter(tuple(mark_vector(s.text)) for s in shown if s.is_activating)
+    assert true == Counter(tuple(mark_vector(s.text)) for s in shown if not s.is_activating)
+    assert true.total() >= 6
 
 
-def test_a_window_too_active_for_false_marks_is_left_out_of_the_active_variant():
-    full = make_window("a b c", [4.0, 4.0, 0], window_id=1)
-    record = make_record([full], n_test=2)
-    prompts = prompts_for("fuzzing", record, variants=("active",))
-    shown = shown_in(p for p in prompts if p.variant == "active")
-    assert 1 not in {s.window.window_id for s in shown}
-    assert len(shown) == 4
+def test_windows_exchange_marks_only_if_both_are_silent_there_and_have_as_many():
+    def activations(*rows):
+        return [np.array(row, dtype=np.float32) for row in rows]
+
+    # 0 and 1 overlap at position 1 (unmarked there, but firing); 0 and 2 fit; 3 has two marks
+    four = activations([4, 1, 0, 0], [0, 4, 0, 0], [0, 0, 4, 0], [4, 4, 0, 0])
+    assert fuzzing.exchange_partners(four) == {0: 2, 2: 0}
+    # a mark beyond the end of the shorter window cannot be copied
+    assert fuzzing.exchange_partners(activations([4, 0], [0, 0, 4])) == {}
+    assert fuzzing.exchange_partners([]) == {}
+
+
+def test_a_latent_that_always_fires_at_the_same_place_has_no_active_variant():
+    assert active_prompts(make_record(n_test=9)) == []
+    assert active_prompts(make_record(n_test=1)) == []
+
+
+def test_two_activating_windows_have_their_active_copies_in_two_prompts():
+    assert [len(prompt.windows) for prompt in active_prompts(active_record(2))] == [2, 2]
 
 
 def test_the_main_variant_does_not_change_when_another_is_added():
-    record = make_record(n_test=5, n_negative=5)
+    record = active_record(5)
     both = prompts_for("fuzzing", record, variants=("active",))
     assert [p.request for p in both if p.variant == "all"] == [
         p.request for p in prompts_for("fuzzing", record)
@@ -418,27 +442,15 @@ def test_the_main_variant_does_not_change_when_another_is_added():
 
 
 def test_verdicts_of_all_variants_have_keys_of_their_own():
-    prompts = prompts_for("fuzzing", make_record(n_test=6, n_negative=6), variants=("active",))
+    prompts = prompts_for("fuzzing", active_record(2), variants=("active",))
     frame = verdicts_frame(verdicts_for("fuzzing", prompts, map(right_answer, prompts)))
     assert Counter(zip(frame["variant"], frame["is_activating"], strict=True)) == {
-        ("all", True): 6,
-        ("all", False): 6,
-        ("active", True): 6,
-        ("active", False): 6,
+        ("all", True): 2,
+        ("all", False): 4,
+        ("active", True): 2,
+        ("active", False): 2,
     }
-    assert frame.filter(variant="active")["negative_kind"].null_count() == 12
-
-
-def test_silent_marks_fall_back_on_moved_and_then_on_drawn_positions():
-    priorities = np.arange(8, dtype=np.uint64)[::-1].copy()
-    run = np.array([4, 4, 0, 0, 0, 0, 0, 0], dtype=np.float32)
-    moved = fuzzing.silent_marks(run, [], priorities)
-    assert moved is not None
-    assert highlight.runs_of(moved) in [[(i, i + 1)] for i in range(2, 7)]
-    scattered = np.array([4, 4, 0, 4, 0, 4, 0, 0], dtype=np.float32)
-    drawn = fuzzing.silent_marks(scattered, [], priorities)
-    assert drawn is not None
-    assert np.flatnonzero(drawn).tolist() == [2, 4, 6, 7]
+    assert frame.filter(variant="active")["negative_kind"].null_count() == 4
 
 
 def simulated_record(index, rng):

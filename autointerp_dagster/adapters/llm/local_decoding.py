@@ -75,7 +75,7 @@ def decode_text(model: ChatModel, kept: DynamicCache, prompts: Sequence[Prompt])
     """
     prefix_len = int(kept.get_seq_length())
     batch = Batch(kept, len(prompts))
-    lines = [_Line(prompt) for prompt in prompts]
+    lines = [Line(prompt) for prompt in prompts]
     steps: list[tuple[int, ...]] = [prompt.ids[prefix_len:] for prompt in prompts]
     while any(line.finish_reason is None for line in lines):
         logits = model.logits(batch, steps)
@@ -99,7 +99,7 @@ class _Draw:
 
 
 @dataclass(slots=True)
-class _Line:
+class Line:
     """One line of free text as it grows."""
 
     prompt: Prompt

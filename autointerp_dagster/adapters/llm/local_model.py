@@ -87,7 +87,8 @@ class ChatModel:
             use_cache=True,
         )
         last = (lengths - 1).clamp(min=0)
-        return out.last_hidden_state[torch.arange(len(steps)), last.to(self.device)]
+        rows = torch.arange(len(steps), device=self.device)
+        return out.last_hidden_state[rows, last.to(self.device)]
 
     def logits(self, batch: "Batch", steps: Sequence[Sequence[int]]) -> Float[Tensor, "row token"]:
         """What follows each row after ``steps``, in fp32 on the CPU; see :meth:`hidden`."""
@@ -114,6 +115,8 @@ def fork(kept: DynamicCache, n_rows: int) -> DynamicCache:
     """A cache of ``n_rows`` rows that continues ``kept`` (one row) and leaves it as it is."""
     forked = DynamicCache()
     for keys, values, _ in kept:
+        assert keys is not None
+        assert values is not None
         copy = DynamicLayer()
         copy.lazy_initialization(keys, values)
         copy.keys = keys.expand(n_rows, -1, -1, -1)

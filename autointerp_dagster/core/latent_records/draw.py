@@ -193,8 +193,8 @@ def _contains(
 
 def _ranked(
     pool: _Pool,
-    chosen: Rows,
-    silent: tuple[Rows, Rows],
+    chosen: Int64[np.ndarray, " chosen"],
+    silent: tuple[Int64[np.ndarray, " silent"], Int64[np.ndarray, " silent"]],
     n_near_duplicates: Int64[np.ndarray, " latent"],
     grid: WindowGrid,
     keys: _Keys,

@@ -6,17 +6,19 @@ true ones by where they stand, so they are copied:
 1. variant ``all``: each silent window gets the marks of an activating test window of the same
    latent, drawn for it;
 2. variant ``active`` (if asked for): each activating window is shown twice, in different prompts,
-   once marked truly and once with as many marks on tokens where the latent is silent.
+   once marked truly and once with as many marks on tokens where the latent is silent. Two windows
+   exchange their marks for that, so true and false marks stand at the same positions as often.
 
 Source:
     arXiv 2410.13928, section 3.2. There, all false marks stand at the same positions.
 """
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, UInt64
+from jaxtyping import Bool, Float32
 
 from autointerp_dagster.core import highlight
 from autointerp_dagster.core.config import FuzzingConfig
@@ -65,7 +67,7 @@ def prompts_of(
     detokenizer: Detokenizer,
     block: JournalBlock,
 ) -> list[Prompt]:
-    """Prompts in which every chosen test window appears once per variant and marking.
+    """Prompts in which every chosen test window appears once, in variant ``active`` twice or never.
 
     Windows, marks, groups and order do not depend on the task. Without activating test windows
     there are no marks to copy, and no prompt.
@@ -125,40 +127,35 @@ def copied_marks(marks: Bool[np.ndarray, " _"], n_positions: int) -> Bool[np.nda
     return copied
 
 
-def silent_marks(
-    activations: Float32[np.ndarray, " position"],
-    donors: Sequence[Bool[np.ndarray, " _"]],
-    priorities: UInt64[np.ndarray, " draw"],
-) -> Bool[np.ndarray, " position"] | None:
-    """As many marks as an activating window has, on tokens where the latent is silent.
+def exchange_partners(
+    activations: Sequence[Float32[np.ndarray, " _"]],
+) -> dict[int, int]:
+    """Pairs of windows that can take each other's marks: as many, each on silent tokens only.
 
-    The first donor pattern, in drawn order, that has as many marks and falls on silent tokens only;
-    else the window's own marks moved along it, round its end; else silent tokens drawn at random.
+    Greedy in the given order. A window that finds no partner is absent, e.g. where the latent
+    always fires at the same position: there, false marks would give themselves away.
 
     Args:
-        activations: Of the window's visible tokens, some > 0.
-        donors: True marks of the latent's activating test windows.
-        priorities: At least one per donor and per position, uint64; order what is drawn.
+        activations: Of each activating window's visible tokens.
 
     Returns:
-        The marks; null where fewer tokens are silent than marked.
+        The partner of each window that has one, both ways; no window is its own.
     """
-    own = highlight.marks_of(activations)
-    n, silent = int(own.sum()), activations == 0
-    if n == 0 or int(silent.sum()) < n:
-        return None
-    for i in np.argsort(priorities[: len(donors)], kind="stable"):
-        pattern = copied_marks(donors[i], own.size)
-        if int(pattern.sum()) == n and not bool((pattern & ~silent).any()):
-            return pattern
-    for shift in np.argsort(priorities[: own.size], kind="stable"):
-        pattern = np.roll(own, int(shift))
-        if not bool((pattern & ~silent).any()):
-            return pattern
-    drawn = np.zeros(own.size, dtype=np.bool_)
-    places = np.flatnonzero(silent)
-    drawn[places[np.argsort(priorities[places], kind="stable")[:n]]] = True
-    return drawn
+    marks = [highlight.marks_of(window) for window in activations]
+    partners: dict[int, int] = {}
+    for i, j in combinations(range(len(activations)), 2):
+        if i in partners or j in partners or marks[i].sum() != marks[j].sum():
+            continue
+        if _all_silent(marks[i], activations[j]) and _all_silent(marks[j], activations[i]):
+            partners[i], partners[j] = j, i
+    return partners
+
+
+def _all_silent(marks: Bool[np.ndarray, " _"], activations: Float32[np.ndarray, " _"]) -> bool:
+    places = np.flatnonzero(marks)
+    if places.size == 0 or places[-1] >= activations.size:
+        return False
+    return not bool(activations[places].any())
 
 
 def _mark_truly(window: Window, detokenizer: Detokenizer) -> _Marked:
@@ -191,18 +188,12 @@ def _mark_falsely(
 def _active_groups(
     marked: Sequence[_Marked], latent: LatentId, config: FuzzingConfig
 ) -> list[Sequence[ShownWindow]]:
-    """Groups of true and false copies; each half holds one copy of every window.
-
-    Windows that are too active for as many false marks are left out, both copies.
-    """
-    marks_key = draw_key(latent, config.seed, "fuzzing-active-marks")
-    false_of = _active_copies(marked, marks_key)
-    true_copies = [_shown_truly(m) for m in marked if m.window.window_id in false_of]
+    """Groups of true and false copies; each half holds one copy of every window with a partner."""
+    exchanged = _exchanged(marked, draw_key(latent, config.seed, "fuzzing-active-marks"))
     halves: tuple[list[ShownWindow], list[ShownWindow]] = ([], [])
-    split_key = draw_key(latent, config.seed, "fuzzing-active-halves")
-    for i, true in enumerate(shuffled(true_copies, split_key)):
+    for i, (true, false) in enumerate(exchanged):
         halves[i % 2].append(true)
-        halves[1 - i % 2].append(false_of[true.window.window_id])
+        halves[1 - i % 2].append(false)
     groups: list[Sequence[ShownWindow]] = []
     for i, half in enumerate(halves):
         key = draw_key(latent, config.seed, f"fuzzing-active-shuffle-{i}")
@@ -210,17 +201,14 @@ def _active_groups(
     return groups
 
 
-def _active_copies(marked: Sequence[_Marked], key: int) -> dict[int, ShownWindow]:
-    """The falsely marked copy of each activating window that has room for one, by window id."""
-    donors = [m.marks for m in marked]
-    copies: dict[int, ShownWindow] = {}
-    for window, visible, _ in marked:
-        address = int(hash_priority(key, np.array([window.window_id], dtype=np.uint64))[0])
-        n_drawn = max(len(donors), len(visible.pieces))
-        marks = silent_marks(
-            visible.activations, donors, hash_priority(address, np.arange(n_drawn))
-        )
-        if marks is not None:
-            text = highlight.mark_text(visible.pieces, marks)
-            copies[window.window_id] = ShownWindow(window, text, is_activating=False)
+def _exchanged(marked: Sequence[_Marked], key: int) -> list[tuple[ShownWindow, ShownWindow]]:
+    """True and false copy of each window that has a partner, windows in drawn order."""
+    ids = np.array([m.window.window_id for m in marked], dtype=np.uint64)
+    drawn = [marked[i] for i in np.lexsort((ids, hash_priority(key, ids)))]
+    copies: list[tuple[ShownWindow, ShownWindow]] = []
+    for i, j in sorted(exchange_partners([m.visible.activations for m in drawn]).items()):
+        pieces = drawn[i].visible.pieces
+        text = highlight.mark_text(pieces, copied_marks(drawn[j].marks, len(pieces)))
+        false = ShownWindow(drawn[i].window, text, is_activating=False)
+        copies.append((_shown_truly(drawn[i]), false))
     return copies

@@ -1,0 +1,171 @@
+import errno
+import subprocess
+import sys
+
+import numpy as np
+import polars as pl
+import pytest
+from upath import UPath
+
+from autointerp_dagster.adapters.manifests import Manifest, Part, Provenance, content_hash_of
+from autointerp_dagster.adapters.storage import Store
+from autointerp_dagster.core.errors import StoreError
+from autointerp_dagster.core.schemas import ACTIVATIONS, TABLES, WINDOWS
+
+
+def rows(n=3):
+    frame = pl.DataFrame({"latent": range(n), "context": 1, "position": 2, "activation": 0.5})
+    return ACTIVATIONS.conform(frame)
+
+
+def manifest(store, blobs=(), *, complete=True, finished="2026-01-01", fingerprint="f"):
+    return store.commit(
+        Manifest(
+            stage="activation_cache",
+            stage_version="1",
+            cell="sae@layers.1/0000000-0000003",
+            input_fingerprint=fingerprint,
+            content_hash=content_hash_of(tuple(blobs), "ok"),
+            complete=complete,
+            parameters={"k": 3},
+            upstream=(),
+            blobs=tuple(blobs),
+            provenance=Provenance(
+                study="s", run_id="r", started="2026-01-01", finished=finished, seconds=1.0
+            ),
+        )
+    )
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request, tmp_path):
+    return Store(tmp_path if request.param == "local" else f"memory://{tmp_path.name}")
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_every_declared_table_survives_a_round_trip_even_when_empty(store, table):
+    blob = store.put_table(table, table.empty())
+    assert store.table(blob).schema == table.empty().schema
+    assert blob.n_rows == 0
+
+
+def test_a_table_with_nulls_and_lists_survives_a_round_trip(store):
+    row = dict.fromkeys(WINDOWS.columns) | {
+        "latent": 1, "split": "train", "is_activating": True, "window_id": 65_537, "context": 1,
+        "start": 1, "rank": 0, "activations": [0.0, 1.5], "coder": "sae", "hookpoint": "h",
+    }  # fmt: skip
+    frame = WINDOWS.conform(pl.DataFrame([row], schema=WINDOWS.columns))
+    assert store.table(store.put_table(WINDOWS, frame)).equals(frame)
+
+
+def test_tensors_survive_a_round_trip(store):
+    arrays = {"tokens": np.arange(5, dtype=np.int32), "offsets": np.array([0, 5])}
+    read = store.tensors(store.put_tensors("tokens", arrays))
+    assert all(np.array_equal(read[name], arrays[name]) for name in arrays)
+
+
+def test_equal_content_is_stored_once(store):
+    first, second = store.put_table(ACTIVATIONS, rows()), store.put_table(ACTIVATIONS, rows())
+    assert first == second
+    assert len([p for p in (store.root / "blobs").rglob("*") if p.is_file()]) == 1
+
+
+def test_a_damaged_blob_is_refused_by_name(tmp_path):
+    store = Store(tmp_path)
+    blob = store.put_table(ACTIVATIONS, rows())
+    path = tmp_path / blob.path
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match=rf"{blob.checksum}.*checksum.*materialize"):
+        store.table(blob)
+
+
+def test_a_missing_blob_is_named(store):
+    blob = store.put_table(ACTIVATIONS, rows())
+    (store.root / blob.path).unlink()
+    with pytest.raises(StoreError, match=blob.checksum):
+        store.table(blob)
+
+
+def test_a_changed_manifest_is_refused(tmp_path):
+    store = Store(tmp_path)
+    stored = manifest(store)
+    (tmp_path / stored.path).write_text((tmp_path / stored.path).read_text() + " ")
+    with pytest.raises(StoreError, match="does not match"):
+        store.manifest(stored.path)
+
+
+def test_a_head_follows_the_newest_commit_and_the_old_manifest_stays(store):
+    old, new = manifest(store, finished="2026-01-01"), manifest(store, finished="2026-01-02")
+    store.set_head("study", "activation_cache", "cell", old)
+    store.set_head("study", "activation_cache", "cell", new)
+    assert store.head("study", "activation_cache", "cell") == new
+    assert store.manifest(old.path) == old
+    assert store.head("study", "activation_cache", "another") is None
+
+
+def test_an_incomplete_manifest_never_satisfies_a_search(store):
+    manifest(store, complete=False, finished="2026-01-03")
+    assert store.find("activation_cache", "f") is None
+    done = manifest(store, finished="2026-01-02")
+    assert store.find("activation_cache", "f") == done
+    assert store.find("activation_cache", "other") is None
+
+
+def test_a_part_is_found_by_its_fingerprint(store):
+    part = Part(name="default", fingerprint="abc", blob=store.put_table(ACTIVATIONS, rows()))
+    store.put_part("explanations", part)
+    assert store.find_part("explanations", "abc") == part
+    assert store.find_part("explanations", "abd") is None
+
+
+def test_a_full_disk_leaves_nothing_that_is_read(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(StoreError, match=r"No space left.*free space"):
+        store.put_table(ACTIVATIONS, rows())
+    monkeypatch.undo()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert store.table(store.put_table(ACTIVATIONS, rows())).equals(rows())
+
+
+KILLED = """
+import os, sys
+from autointerp_dagster.adapters.storage import Store
+import polars as pl
+from autointerp_dagster.core.schemas import ACTIVATIONS
+os.fsync = lambda _: os.kill(os.getpid(), 9)
+Store(sys.argv[1]).put_table(ACTIVATIONS, ACTIVATIONS.empty())
+"""
+
+
+def test_a_kill_during_a_write_leaves_no_blob(tmp_path):
+    died = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert died.returncode == -9
+    assert not list((tmp_path / "blobs").rglob("*.parquet"))
+    store = Store(UPath(tmp_path))
+    assert store.table(store.put_table(ACTIVATIONS, ACTIVATIONS.empty())).is_empty()
+
+
+def test_activations_take_few_bytes_on_disk(tmp_path):
+    # bf16 values in f32, sorted addresses: delta, byte split and zstd leave a few bytes a row.
+    rng = np.random.default_rng(0)
+    n = 200_000
+    bits = rng.lognormal(size=n).astype(np.float32).view(np.uint32) & 0xFFFF0000
+    frame = ACTIVATIONS.conform(
+        pl.DataFrame(
+            {
+                "latent": np.sort(rng.integers(0, 4096, n)),
+                "context": rng.integers(0, 4000, n),
+                "position": rng.integers(0, 256, n),
+                "activation": bits.view(np.float32),
+            }
+        ).unique(["latent", "context", "position"])
+    )
+    blob = Store(tmp_path).put_table(ACTIVATIONS, frame)
+    assert blob.n_bytes / frame.height < 6

@@ -1,0 +1,170 @@
+from pathlib import Path
+
+import pytest
+
+from autointerp_dagster.core.errors import StudyError
+from autointerp_dagster.core.types import Cell, LatentRange, LayerKey, WholeStudy
+from autointerp_dagster.study import find_studies, load_study
+from autointerp_dagster.study.stages import (
+    STAGES,
+    inputs_at,
+    places_of,
+    stages_of,
+    upstream_of,
+)
+
+MINIMAL = """\
+models:
+  subject: {source: ./model}
+  explainer: {base_url: "http://127.0.0.1:1/v1", model: m}
+corpus: {kind: files, path: texts}
+coders:
+  sae: {path: saes}
+layers: [layers.0, layers.1]
+max_num_latents: 100
+range_size: 40
+floors: {donor_block: 40}
+explainers:
+  default: {kind: default}
+scorers:
+  detection: {}
+"""
+
+
+def write(folder, text=MINIMAL, name="tiny.yaml"):
+    path = Path(folder) / name
+    path.write_text(text)
+    return path
+
+
+def test_a_study_is_named_after_its_file_and_its_paths_count_from_there(tmp_path):
+    study = load_study(write(tmp_path))
+    assert study.name == "tiny"
+    assert study.coders["sae"].path == tmp_path / "saes"
+    assert study.models.subject.source == str(tmp_path / "model")
+
+
+def test_the_last_range_ends_with_the_widest_coder(tmp_path):
+    ranges = load_study(write(tmp_path)).ranges
+    assert ranges == (LatentRange(0, 40), LatentRange(40, 80), LatentRange(80, 100))
+    assert [str(r) for r in ranges] == ["0000000-0000039", "0000040-0000079", "0000080-0000099"]
+
+
+def test_judge_and_base_model_are_the_explainer_unless_named(tmp_path):
+    models = load_study(write(tmp_path)).models
+    assert models.judge == models.base_lm == models.explainer
+
+
+def test_a_hookpoint_is_taken_for_every_coder_and_a_key_for_one(tmp_path):
+    text = MINIMAL.replace("  sae: {path: saes}", "  a: {path: saes}\n  b: {path: saes}")
+    text = text.replace("[layers.0, layers.1]", "[layers.0, b@layers.1]")
+    keys = load_study(write(tmp_path, text)).layer_keys
+    assert [str(key) for key in keys] == ["a@layers.0", "b@layers.0", "b@layers.1"]
+
+
+@pytest.mark.parametrize(
+    ("found", "replacement", "message"),
+    [
+        ("range_size", "rangesize", r"tiny.yaml:9: rangesize: unknown key. Did you mean 'range_"),
+        ("model: m", "modle: m", r":3: models.explainer.modle: unknown key. Did you mean 'model'"),
+        ("detection: {}", "detecton: {}", r":14: scorers.detecton: .*'detection'"),
+        ("max_num_latents: 100\n", "", r"tiny.yaml: max_num_latents: missing"),
+        ("100", "many", r":8: max_num_latents: .*integer.*'many'"),
+        (
+            "sae: {path: saes}",
+            "sae: {path: saes}\n  sae: {path: b}",
+            r":7: coders.sae: given twice",
+        ),
+        ("layers.1]", "nn@layers.1]", r"layers: nn@layers.1 names coder 'nn'; declared are"),
+        ("donor_block: 40", "donor_block: 30", r"range_size: 40 is no multiple of.*30"),
+        ("detection: {}", "embedding: {}", r"scorers.embedding: needs models.embedder"),
+        ("range_size: 40", "range_size: 1", r"100 ranges, wanted at most 99. Use 2 or more"),
+        ("models:", "models: [", r"tiny.yaml: no valid YAML"),
+        ("kind: files", "kind: hub", r":4: corpus: .*'hub'.*'files'"),
+    ],
+)
+def test_a_mistake_is_named_with_file_line_key_and_remedy(tmp_path, found, replacement, message):
+    with pytest.raises(StudyError, match=message):
+        load_study(write(tmp_path, MINIMAL.replace(found, replacement, 1)))
+
+
+def test_every_mistake_of_a_file_is_named_at_once(tmp_path):
+    text = MINIMAL.replace("range_size", "rangesize").replace("detection", "detecton")
+    with pytest.raises(StudyError) as caught:
+        load_study(write(tmp_path, text))
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_missing_and_a_non_utf8_file_are_named(tmp_path):
+    with pytest.raises(StudyError, match=r"nowhere.yaml: no such study file"):
+        load_study(tmp_path / "nowhere.yaml")
+    (tmp_path / "latin.yaml").write_bytes("é".encode("latin-1"))
+    with pytest.raises(StudyError, match=r"not UTF-8 at byte 0"):
+        load_study(tmp_path / "latin.yaml")
+
+
+def test_a_study_that_extends_another_changes_only_what_it_says(tmp_path):
+    write(tmp_path)
+    (tmp_path / "sweeps").mkdir()
+    text = "extends: ../tiny.yaml\nsampling: {n_train: 10}\n"
+    child, base = load_study(write(tmp_path / "sweeps", text, "fewer.yaml")), None
+    base = load_study(tmp_path / "tiny.yaml")
+    assert child.name == "fewer"
+    assert child.sampling.n_train == 10
+    assert child.coders == base.coders
+    assert child.sampling.n_test == base.sampling.n_test
+
+
+def test_a_mistake_in_an_extended_file_is_placed_there(tmp_path):
+    write(tmp_path, MINIMAL.replace("range_size", "rangesize"))
+    with pytest.raises(StudyError, match=r"tiny.yaml:9: rangesize"):
+        load_study(write(tmp_path, "extends: tiny.yaml\n", "child.yaml"))
+
+
+def test_a_study_cannot_extend_itself(tmp_path):
+    write(tmp_path, "extends: b.yaml\n", "a.yaml")
+    with pytest.raises(StudyError, match="extends itself"):
+        load_study(write(tmp_path, "extends: a.yaml\n", "b.yaml"))
+
+
+def test_two_studies_of_one_name_are_refused(tmp_path):
+    write(tmp_path, "name: same\n" + MINIMAL, "a.yaml")
+    write(tmp_path, "name: same\n" + MINIMAL, "b.yaml")
+    with pytest.raises(StudyError, match="two studies are named 'same'"):
+        find_studies(tmp_path)
+
+
+def test_how_fast_a_model_runs_is_no_part_of_its_identity(tmp_path):
+    slow = load_study(write(tmp_path))
+    text = MINIMAL.replace("model: m", "model: m, max_in_flight: 7, timeout_s: 3")
+    fast = load_study(write(tmp_path, text))
+    assert fast.models.explainer.max_in_flight == 7
+    assert fast.models.identity() == slow.models.identity()
+
+
+def test_inputs_of_a_cell_of_a_layer_and_of_the_study(tmp_path):
+    study = load_study(write(tmp_path))
+    layer = LayerKey("sae", "layers.1")
+    cell = Cell(layer, LatentRange(40, 80))
+    assert inputs_at(study, cell, "cell") == [cell]
+    assert inputs_at(study, cell, "layer") == [layer]
+    assert inputs_at(study, cell, "study") == [WholeStudy()]
+    assert [str(p) for p in inputs_at(study, layer, "cell")] == [
+        f"sae@layers.1/{block}" for block in study.ranges
+    ]
+    assert len(inputs_at(study, WholeStudy(), "cell")) == 6
+    assert len(list(places_of(study, "cell"))) == 6
+
+
+def test_a_scorer_that_is_not_asked_for_is_no_stage_and_no_input(tmp_path):
+    study = load_study(write(tmp_path))
+    names = [stage.name for stage in stages_of(study)]
+    assert "score_detection" in names
+    assert "score_fuzzing" not in names
+    inputs = [stage.name for stage in upstream_of(study, STAGES["latent_metrics"])]
+    assert inputs == ["latent_records", "explanations", "score_detection"]
+
+
+def test_the_demo_study_is_valid():
+    study = load_study(Path(__file__).parents[2] / "studies" / "demo.yaml")
+    assert len(study.cells) == 4
