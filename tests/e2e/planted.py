@@ -360,7 +360,8 @@ def write_study(
         world: From :func:`build_world`.
         base_url: Of the fake server.
         name: Of the study and its file.
-        overrides: Merged into the file's mappings; other values replace what is there.
+        overrides: Merged into the file's mappings; other values replace what is there, and None
+            removes it.
     """
     llm = {"base_url": base_url, "model": "fake", "timeout_s": 20.0}
     content: dict[str, Any] = {
@@ -403,4 +404,4 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merged(merged[key], value) if both else value
-    return merged
+    return {key: value for key, value in merged.items() if value is not None}

@@ -327,6 +327,13 @@ def test_the_common_length_of_rows_is_that_of_their_longest_common_prefix():
     assert common_len([(1, 2)]) == 2
 
 
+@pytest.mark.gpu
+def test_a_cuda_device_gives_the_results_of_the_cpu(backend, model_dir):
+    on_cuda = local(model_dir).model_copy(update={"device": "cuda"})
+    replies = LocalBackend(model_dir, on_cuda).run_unit(unit_of("cats"))
+    assert_same(backend.run_unit(unit_of("cats")), replies)
+
+
 @pytest.mark.slow
 def test_smollm2_labels_in_bf16_hardly_depend_on_the_batch(tmp_path):
     config = LocalLLMConfig(source="embedded:smollm2-135m-instruct", threads=1)

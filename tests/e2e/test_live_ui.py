@@ -1,0 +1,166 @@
+"""A live ``dagster dev``, driven through GraphQL as the browser does it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from bench import SMALL
+from planted import write_study
+
+from autointerp_dagster.study import load_study
+
+pytestmark = pytest.mark.slow
+
+STARTING_S, RUNNING_S = 120, 240
+
+LAUNCH = """
+mutation ($params: ExecutionParams!) {
+  launchRun(executionParams: $params) {
+    __typename
+    ... on LaunchRunSuccess { run { runId } }
+    ... on PythonError { message }
+    ... on RunConfigValidationInvalid { errors { message } }
+  }
+}"""
+RUN = "query ($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }"
+NODES = """
+query { assetNodes {
+  assetKey { path } groupName isPartitioned isObservable description kinds
+  dependencyKeys { path } } }"""
+STALE = """
+query ($key: AssetKeyInput!, $partition: String!) {
+  assetNodeOrError(assetKey: $key) { ... on AssetNode {
+    staleStatus(partition: $partition)
+    assetMaterializations(partitions: [$partition], limit: 1) {
+      metadataEntries { label } tags { key value } } } } }"""
+
+
+class LiveDagster:
+    """One server with its daemon."""
+
+    def __init__(self, folder: Path, studies: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        home = folder / "home"
+        home.mkdir()
+        (home / "dagster.yaml").write_text("telemetry: {enabled: false}\nnux: {enabled: false}\n")
+        environment = os.environ | {
+            "DAGSTER_HOME": str(home),
+            "AUTOINTERP_STUDIES": str(studies),
+            "OMP_NUM_THREADS": "1",
+        }
+        dagster = str(Path(sys.executable).parent / "dagster")
+        command = ["env", "--default-signal=INT,TERM", dagster, "dev"]
+        command += ["-m", "autointerp_dagster.definitions", "-h", "127.0.0.1", "-p", str(self.port)]
+        self.log = (folder / "log").open("w")
+        self.process = subprocess.Popen(
+            command, env=environment, cwd=folder, stdout=self.log, stderr=self.log
+        )
+
+    def ask(self, query: str, **variables: object) -> dict:
+        body = json.dumps({"query": query, "variables": variables}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/graphql", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["data"]
+
+    def is_up(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def stop(self) -> int:
+        self.process.terminate()
+        code = self.process.wait(timeout=60)
+        self.log.close()
+        return code
+
+
+def wait_for(condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(1)
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory, world, server):
+    folder = tmp_path_factory.mktemp("studies")
+    overrides = {**SMALL, "store": str(folder / "store")}
+    return write_study(folder, world, server.base_url, **overrides)
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory, studies):
+    started = LiveDagster(tmp_path_factory.mktemp("live"), studies.parent)
+    wait_for(started.is_up, STARTING_S)
+    yield started
+    started.stop()
+
+
+def test_the_graph_shows_the_stages_in_order(live, studies):
+    study = load_study(studies)
+    nodes = {tuple(node["assetKey"]["path"]): node for node in live.ask(NODES)["assetNodes"]}
+    inputs = {
+        key[1]: {dependency["path"][1] for dependency in node["dependencyKeys"]}
+        for key, node in nodes.items()
+    }
+    assert inputs["token_dataset"] == {"subject_model", "corpus"}
+    assert inputs["activation_cache"] == {"subject_model", "sparse_coders", "token_dataset"}
+    assert inputs["latent_records"] == {"token_dataset", "activation_cache"}
+    assert "latent_records" in inputs["explanations"]
+    assert inputs["score_detection"] == {"token_dataset", "latent_records", "explanations"}
+    assert inputs["latent_metrics"] > {"latent_records", "explanations", "score_detection"}
+    assert inputs["layer_metrics"] == {"latent_records", "latent_metrics"}
+    assert inputs["study_metrics"] == {"latent_metrics", "layer_metrics"}
+    assert {node["groupName"] for node in nodes.values()} == {study.name}
+    assert all(node["description"] for node in nodes.values())
+    assert nodes[(study.name, "sparse_coders")]["isObservable"]
+
+
+def test_one_cell_materializes_from_the_dialog_to_latent_metrics(live, studies):
+    study = load_study(studies)
+    cell = study.cells[-1]
+    key = dg.MultiPartitionKey({"layer": str(cell.layer), "range": str(cell.range)})
+    stages = ["token_dataset", "activation_cache", "latent_records", "explanations"]
+    stages += [f"score_{name}" for name in study.scorers.asked] + ["latent_metrics"]
+    params = {
+        "selector": {
+            "repositoryLocationName": "autointerp_dagster.definitions",
+            "repositoryName": "__repository__",
+            "pipelineName": "__ASSET_JOB",
+            "assetSelection": [{"path": [study.name, stage]} for stage in stages],
+        },
+        "runConfigData": "{}",
+        "executionMetadata": {"tags": [{"key": "dagster/partition", "value": str(key)}]},
+    }
+    launched = live.ask(LAUNCH, params=params)["launchRun"]
+    assert launched["__typename"] == "LaunchRunSuccess", launched
+    run_id = launched["run"]["runId"]
+
+    def is_over() -> bool:
+        return live.ask(RUN, id=run_id)["runOrError"]["status"] in ("SUCCESS", "FAILURE")
+
+    wait_for(is_over, RUNNING_S)
+    assert live.ask(RUN, id=run_id)["runOrError"]["status"] == "SUCCESS"
+    for stage in stages[1:]:
+        node = live.ask(STALE, key={"path": [study.name, stage]}, partition=str(key))
+        found = node["assetNodeOrError"]
+        assert found["staleStatus"] == "FRESH", stage
+        labels = {entry["label"] for entry in found["assetMaterializations"][0]["metadataEntries"]}
+        assert {"manifest", "seconds", "dagster/row_count"} <= labels
+
+
+def test_it_stops_when_it_is_told_to(tmp_path, studies):
+    started = LiveDagster(tmp_path, studies.parent)
+    wait_for(started.is_up, STARTING_S)
+    started.stop()
+    assert not started.is_up()
