@@ -77,6 +77,14 @@ class Backend(Protocol):
         """
         ...
 
+    async def check(self) -> None:
+        """Find out, without a call that costs anything, whether the model can be asked at all.
+
+        Raises:
+            LLMError: If not; says which address was tried and how to start a server.
+        """
+        ...
+
     async def close(self) -> None:
         """Give connections back; the backend is not used afterwards."""
         ...

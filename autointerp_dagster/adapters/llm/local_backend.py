@@ -62,6 +62,9 @@ class LocalBackend:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._worker, self.run_unit, group)
 
+    async def check(self) -> None:
+        """Nothing to ask: the files were there when the backend was made."""
+
     async def close(self) -> None:
         """End the worker; the weights stay loaded for others."""
         self._worker.shutdown(wait=False)

@@ -71,6 +71,18 @@ class OpenAIBackend:
         """See :class:`~autointerp_dagster.adapters.llm.backend.Backend`."""
         return [await self._ask_one(request) for request in group]
 
+    async def check(self) -> None:
+        """See :class:`~autointerp_dagster.adapters.llm.backend.Backend`; asks for the models."""
+        try:
+            await self._connected().models.list()
+        except openai.APIStatusError as error:
+            if error.status_code in (401, 403):  # others say no more than: no such listing
+                raise LLMError(str(self._status_error(error))) from None
+        except openai.APIConnectionError as error:
+            raise LLMError(str(self._connection_error(error))) from None
+        except (openai.OpenAIError, ValueError):
+            logger.info("%s: answers, though not with a list of models", self._url)
+
     async def close(self) -> None:
         """Close the connections."""
         client, self._client = self._client, None
@@ -119,20 +131,20 @@ class OpenAIBackend:
         return body
 
     async def _send(self, body: dict[str, Any]) -> bytes:
-        if self._client is None:
-            self._client = self._connect()
         # The raw response: servers deviate from the official models, and parsing them costs time.
-        raw = await self._client.chat.completions.with_raw_response.create(**body)
+        raw = await self._connected().chat.completions.with_raw_response.create(**body)
         return raw.http_response.content
 
-    def _connect(self) -> openai.AsyncOpenAI:
-        timeout_s = self._config.timeout_s
-        return openai.AsyncOpenAI(
-            base_url=self._url,
-            api_key=self._key() or "none",  # else the client would take OPENAI_API_KEY
-            timeout=openai.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S)),
-            max_retries=0,
-        )
+    def _connected(self) -> openai.AsyncOpenAI:
+        if self._client is None:
+            timeout_s = self._config.timeout_s
+            self._client = openai.AsyncOpenAI(
+                base_url=self._url,
+                api_key=self._key() or "none",  # else the client would take OPENAI_API_KEY
+                timeout=openai.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S)),
+                max_retries=0,
+            )
+        return self._client
 
     def _key(self) -> str | None:
         """The key, read from the environment.
