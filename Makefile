@@ -1,5 +1,7 @@
 # Two commands for newcomers: `make demo` and `make test`. Everything lives in .venv and below this folder.
 PYTHON ?= python3
+# E.g. https://download.pytorch.org/whl/cpu, to install torch without CUDA packages.
+TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -14,7 +16,7 @@ help:  ## Say what there is.
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[dev]'
 	touch $@
 
 demo: $(READY)  ## Interpret real latents of a real model, from raw text to scores.
@@ -34,6 +36,7 @@ check: $(READY)  ## Format, lint, types, import contracts, definitions, wheel: w
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/write_data_docs.py --check
 	$(BIN)/dagster definitions validate -w workspace.yaml
 	$(BIN)/python scripts/check_wheel.py
 

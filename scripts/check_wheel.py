@@ -3,6 +3,7 @@
 A wheel that lacks a folder works from the checkout and nowhere else.
 """
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ print(f"wheel: {len(names)} modules import")
 def main() -> None:
     """Exit with an error if the wheel does not build or a module does not import."""
     checkout = Path(__file__).resolve().parent.parent
+    shutil.rmtree(checkout / "build", ignore_errors=True)  # may hold modules deleted since
     with tempfile.TemporaryDirectory() as folder:
         build = [sys.executable, "-m", "build", "--wheel", "--outdir", folder, str(checkout)]
         subprocess.run(build, check=True, stdout=subprocess.DEVNULL)

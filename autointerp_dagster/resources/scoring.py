@@ -25,6 +25,9 @@ from autointerp_dagster.resources.plots import preview
 from autointerp_dagster.resources.store import Commit, StageRun
 from autointerp_dagster.study import Study
 
+UNASKED = ("budget", "call_failed")
+"""Reasons that lie with the run, not with the answer: such a cell is never taken as done."""
+
 VerdictsOf = Callable[[Cell, Iterable[Job]], Iterator[Verdict]]
 """How one scorer turns jobs of a cell into verdicts."""
 
@@ -94,7 +97,7 @@ class Scoring:
         )
         frame = verdicts_frame(self.verdicts_of(cell, shown))
         blob = store.put_table(VERDICTS, frame, name=f"{VERDICTS.name}/{explainer}")
-        complete = frame.filter(pl.col("reason") == "budget").is_empty()
+        complete = frame.filter(pl.col("reason").is_in(UNASKED)).is_empty()
         return Part(name=explainer, fingerprint="", blob=blob, complete=complete)
 
 

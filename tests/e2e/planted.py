@@ -51,6 +51,11 @@ K = 8
 N_BUCKETS = 16
 STRENGTHS = (1.0, 1.25, 1.5)
 
+FILLERS = (
+    "a the and of to in on by with from we they he she it was is had has went came said made "
+    "took gave kept left found near under over again then there here now still both some many few "
+    "old new long small open quiet road door house table river field window letter story summer"
+)
 CLASSES: dict[str, tuple[str, ...]] = {
     "digit": ("1", "2", "3", "4", "5", "6", "7", "8"),
     "colour": ("red", "blue", "green", "yellow", "black", "white", "purple", "pink"),
@@ -64,12 +69,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "comma": (",",),
     "very": ("very",),
     "rare": ("quasar",),
-    "filler": tuple(
-        "a the and of to in on by with from we they he she it was is had has went came said saw "
-        "made took gave kept left found near under over again then there here now still both "
-        "some many few old new long small open quiet road door house table river field window "
-        "letter story summer garden".split()
-    ),
+    "filler": tuple(FILLERS.split()),
 }  # fmt: skip
 CLASS_OF = {word: name for name, words in CLASSES.items() for word in words}
 VOCABULARY = ("<s>", *CLASS_OF)

@@ -15,10 +15,12 @@ import dagster as dg
 import polars as pl
 import pytest
 from bench import Bench, Name, Script, in_flight
-from planted import ChatMessages, answer
+from planted import answer
 
 from autointerp_dagster.adapters.llm.fake_server import FakeLLMServer
+from autointerp_dagster.adapters.llm.rule_judge import ChatMessages
 from autointerp_dagster.core.errors import LLMError
+from autointerp_dagster.core.prompts import DESCRIPTION_LABEL, asked_for
 from autointerp_dagster.core.schemas import VERDICTS
 from autointerp_dagster.study.stages import STAGES
 
@@ -54,17 +56,24 @@ def interrupt_at(number: int) -> Callable[[int], float]:
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(
-    small: Bench, instance: dg.DagsterInstance, server: FakeLLMServer, script: Script, tmp_path: Path
+    small: Bench,
+    instance: dg.DagsterInstance,
+    server: FakeLLMServer,
+    script: Script,
+    tmp_path: Path,
 ) -> None:
     bench = fresh(small, tmp_path, instance)
     n_asked = len(server.requests)
-    script.latency_s = interrupt_at(n_asked + 20)
-    with pytest.raises((KeyboardInterrupt, dg.DagsterExecutionInterruptedError)):
+    script.latency_s = interrupt_at(n_asked + 26)  # 4 explanations, then detection: 16 per layer
+    with pytest.raises(dg.DagsterExecutionInterruptedError):
         bench.run()
     script.reset()
     done = finished(bench)
-    assert {"activation_cache", "latent_records"} <= {asset for asset, _ in done}
-    assert ("study_metrics", "all") not in done
+    judged = {place for asset, place in done if asset == "score_detection"}
+    assert 0 < len(judged) < len(bench.study.cells)
+    assert "score_fuzzing" not in {asset for asset, _ in done}
+    # Dagster shows what is in the store, cells of the step that was cut off too, and no more.
+    assert {name for name, status in bench.statuses().items() if status == "FRESH"} == done.keys()
 
     bench.run()
     assert bench.contents() == small.contents()
@@ -75,41 +84,37 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     assert bench.stale() == set()
 
 
-def test_cells_finished_before_an_interruption_are_shown_as_materialized(
-    small: Bench, instance: dg.DagsterInstance, server: FakeLLMServer, script: Script, tmp_path: Path
+def test_calls_that_failed_are_made_again_by_the_next_run(
+    small: Bench,
+    instance: dg.DagsterInstance,
+    server: FakeLLMServer,
+    script: Script,
+    tmp_path: Path,
 ) -> None:
-    """The events of a step that was cut off name exactly the cells that were committed."""
-    bench = fresh(small, tmp_path, instance)
-    script.latency_s = interrupt_at(len(server.requests) + 40)
-    with pytest.raises((KeyboardInterrupt, dg.DagsterExecutionInterruptedError)):
+    """Credit runs out in the middle of a step: its cells are committed, but never taken as done."""
+    bench = fresh(small, tmp_path, instance, models=in_flight(1))
+    no_credit_from = len(server.requests) + 3
+    script.fault = lambda number: "403" if number >= no_credit_from else None
+    with pytest.raises(LLMError, match="403"):
         bench.run()
-    done = {place for asset, place in finished(bench) if asset == "score_detection"}
-    assert 0 < len(done) < len(bench.study.cells)
-    shown = {place for (asset, place), status in bench.statuses().items()
-             if asset == "score_detection" and status == "FRESH"}  # fmt: skip
-    assert shown == done
+    heads = bench.heads()
+    explained = {place: head for (asset, place), head in heads.items() if asset == "explanations"}
+    reasons = bench.table("explanations", "explanations")["reason"].drop_nulls().to_list()
+    assert reasons.count("call_failed") == 1  # of four
+    assert sum(not head.complete for head in explained.values()) == 1
 
-
-def test_a_model_that_cannot_be_reached_ends_the_run_and_loses_nothing(
-    small: Bench, instance: dg.DagsterInstance, script: Script, tmp_path: Path
-) -> None:
-    bench = fresh(small, tmp_path, instance)
-    script.fault = lambda number: "reset"
-    with pytest.raises(LLMError):
-        bench.run()
     script.reset()
-    done = finished(bench)
-    assert {asset for asset, _ in done} >= {"token_dataset", "activation_cache", "latent_records"}
     bench.run()
     assert bench.contents() == small.contents()
-    assert {name: finished(bench)[name] for name in done} == done
+    assert all(head.complete for head in bench.heads().values())
 
 
 def is_unlucky(messages: ChatMessages) -> bool:
-    """Whether this question is one of the tenth that are never answered in the right format."""
-    questions = [m["content"] for m in messages if m["role"] == "user"]
-    asked = next(q for q in reversed(questions) if not q.startswith("That answer"))
-    return hashlib.blake2b(asked.encode(), digest_size=1).digest()[0] < 26
+    """Whether this question is one of those that never get an answer in the right format."""
+    if asked_for(messages[0]["content"]) == "explanation":
+        return answer(messages).endswith("names of cities")
+    questions = [m["content"] for m in messages if m["content"].startswith(DESCRIPTION_LABEL)]
+    return hashlib.blake2b(questions[-1].encode(), digest_size=1).digest()[0] < 26
 
 
 def mostly_right(messages: ChatMessages) -> str:
@@ -117,49 +122,55 @@ def mostly_right(messages: ChatMessages) -> str:
 
 
 def test_answers_in_prose_become_failed_rows_and_no_row_vanishes(
-    whole: Bench, instance: dg.DagsterInstance, server: FakeLLMServer, script: Script, tmp_path: Path
+    small: Bench,
+    instance: dg.DagsterInstance,
+    server: FakeLLMServer,
+    script: Script,
+    tmp_path: Path,
 ) -> None:
     """Defects 7 and 8: a failed request vanished; an unparsable explanation was scored."""
     script.answer = mostly_right
-    bench = Bench(tmp_path, whole.world, whole.base_url, instance)
-    bench.run(until="latent_metrics")
-    explained = bench.table("explanations", "explanations").filter(explainer="default")
-    unread = explained.filter(status="failed")
-    assert 0 < unread.height < 8
-    assert set(unread["reason"]) == {"unparsable"}
-    assert unread["text"].null_count() == unread.height
-    assert unread["call_id"].null_count() == 0
+    n_asked = len(server.requests)
+    bench = fresh(small, tmp_path, instance)
+    bench.run()
+    explained = bench.table("explanations", "explanations").filter(pl.col("status") != "skipped")
+    assert {(row["latent"], row["status"], row["reason"], row["text"] is None)
+            for row in explained.to_dicts()} == {
+        (0, "failed", "unparsable", True),
+        (1, "ok", None, False), (7, "ok", None, False), (9, "ok", None, False),
+    }  # fmt: skip
+    verdicts, all_right = (b.table("score_detection", "verdicts") for b in (bench, small))
+    own = pl.col("subject") == "own"
+    expected = all_right.filter(own & ~((pl.col("hookpoint") == "h.1") & (pl.col("latent") == 0)))
+    key = list(VERDICTS.key)
+    assert verdicts.filter(own).select(key).equals(expected.select(key))
 
-    verdicts = bench.table("score_detection", "verdicts")
-    assert _own_windows(verdicts) == _own_windows(
-        whole.table("score_detection", "verdicts").join(
-            unread.select("hookpoint", "latent", "explainer"),
-            on=["hookpoint", "latent", "explainer"],
-            how="anti",
-        )
-    )
-    failed = verdicts.filter(status="failed")
-    assert 0.03 < failed.height / verdicts.height < 0.2
+    unlucky = {
+        body["messages"][-1]["content"]
+        for body in server.requests[n_asked:]
+        if body["messages"][-1]["content"].startswith(DESCRIPTION_LABEL)
+        and is_unlucky(body["messages"])
+    }
+    both = pl.concat([verdicts, bench.table("score_fuzzing", "verdicts")])
+    failed = both.filter(status="failed")
+    assert failed["call_id"].n_unique() == len(unlucky) > 0
     assert set(failed["reason"]) == {"unparsable"}
     assert failed.select("prediction", "probability", "score").null_count().row(0) == (
-        failed.height,
-    ) * 3
-    heads = bench.heads()
-    counted = sum(
-        head.summary["n_failed"]
-        for (asset, _), head in heads.items()
-        if asset == "score_detection" and head.status == "ok"
+        (failed.height,) * 3
     )
-    assert counted == failed.height
-
-
-def _own_windows(verdicts: pl.DataFrame) -> set[tuple]:
-    own = verdicts.filter(subject="own")
-    return set(own.select(name for name in VERDICTS.key).iter_rows())
+    scores = [head for (asset, _), head in bench.heads().items() if asset.startswith("score_")]
+    assert sum(head.summary.get("n_failed", 0) for head in scores) == failed.height
+    metrics = bench.table("latent_metrics", "latent_metrics").filter(variant="all", subject="own")
+    told = metrics.filter(latent=0, hookpoint="h.1")
+    assert set(told["status"]) == {"no_explanation"}
+    assert metrics.filter(metric="balanced_accuracy", status="ok")["n_failed"].sum() == (
+        failed.filter(own).height
+    )
+    assert all(head.complete for head in scores)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_killed_process_leaves_nothing_that_a_rerun_does_not_mend(
     seed: int,
     small: Bench,
@@ -182,7 +193,8 @@ def test_a_killed_process_leaves_nothing_that_a_rerun_does_not_mend(
     assert {name: after[name] for name in done} == done
     assert bench.contents() == small.contents()
     sent = server.requests[n_asked:]
-    assert len(sent) <= distinct(sent) + 3 * MAX_IN_FLIGHT
+    # Lost with each kill: what was in flight, or answered and not yet journalled.
+    assert len(sent) <= distinct(sent) + 3 * 2 * MAX_IN_FLIGHT
     assert not list((bench.folder / "store").rglob("*.tmp"))
     assert set(STAGES) >= {asset for asset, _ in after}
 

@@ -202,5 +202,3 @@ def test_lineage_leads_from_a_score_to_weights_and_corpus(whole: Bench) -> None:
                 assert store.manifest(upstream.manifest) == heads[name]
                 todo.append(name)
     assert external == {("subject_model", "all"), ("corpus", "all"), ("sparse_coders", "sae@h.1")}
-
-

@@ -184,7 +184,7 @@ def test_a_new_explainer_leaves_the_others_part_alone(
     n_asked = len(server.requests)
     both.run()
     questions = {body["messages"][-1]["content"] for body in server.requests[n_asked:]}
-    assert all('the token' in question.split("\n")[0] for question in questions)
+    assert all("the token" in question.split("\n")[0] for question in questions)
     name = "explanations/default"
     for cell in both.study.cells[:4]:
         old, new = (b.heads()["explanations", str(cell)] for b in (small, both))

@@ -17,7 +17,9 @@ from typing import Any, Literal, Self
 
 from autointerp_dagster.adapters.llm.rule_judge import ChatMessages
 
-Fault = Literal["429", "500", "reset", "hang", "malformed", "html", "prose", "short", "refusal"]
+Fault = Literal[
+    "403", "429", "500", "reset", "hang", "malformed", "html", "prose", "short", "refusal"
+]
 """``malformed``: not JSON; ``prose``: an answer without a list; ``short``: one label too few."""
 
 Schedule = Callable[[int], Fault | None]
@@ -113,7 +115,9 @@ class FakeLLMServer:
         return (400, _error(f"Unsupported parameter: {rejected[0]}")) if rejected else None
 
     def _send(self, handler: "_Handler", body: dict[str, Any], fault: Fault | None) -> None:
-        if fault == "429":
+        if fault == "403":
+            handler.send(403, _error("no credit left"))
+        elif fault == "429":
             handler.send(429, _error("slow down"), {"Retry-After": str(RETRY_AFTER_S)})
         elif fault == "500":
             handler.send(500, _error("something broke"))

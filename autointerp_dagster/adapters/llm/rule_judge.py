@@ -32,7 +32,7 @@ def rule_judge(rules: Mapping[str, Predicate]) -> Callable[[ChatMessages], str]:
     def answer(messages: ChatMessages) -> str:
         system = messages[0]["content"]
         if asked_for(system) == "explanation":
-            return _explain(rules, _last_user(messages))
+            return _explain(rules, _last_user(messages, "1."))
         question = read_question(_last_user(messages, DESCRIPTION_LABEL))
         labels = judge_windows(rules, question.explanation, question.windows)
         return json.dumps([int(label) for label in labels])
@@ -60,7 +60,7 @@ def _explain(rules: Mapping[str, Predicate], text: str) -> str:
     return f"{FreeText().marker} {best}"
 
 
-def _last_user(messages: ChatMessages, start: str = "") -> str:
+def _last_user(messages: ChatMessages, start: str) -> str:
     """The last user turn that starts with ``start``; repeats add turns after the question."""
     return next(
         message["content"]
