@@ -18,6 +18,7 @@ import polars as pl
 from autointerp_dagster.adapters.coders import check_width
 from autointerp_dagster.adapters.subject_models import SubjectModel
 from autointerp_dagster.core.activations import FiringCounts, Nonzeros, chunks_of
+from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.schemas import ACTIVATIONS
 from autointerp_dagster.core.sparse_coders import SparseCoder
 from autointerp_dagster.core.tokens import TokenDataset, context_batches
@@ -58,7 +59,11 @@ class Spool:
         self._n_buffered = 0
 
     def append(self, layer: LayerKey, nonzeros: Nonzeros) -> None:
-        """Take in a chunk of one layer; writes to disk when the buffer is full."""
+        """Take in a chunk of one layer; writes to disk when the buffer is full.
+
+        Raises:
+            StoreError: If the temporary folder cannot be written, e.g. a full disk.
+        """
         for latents in self._ranges[layer]:
             packed = _pack(nonzeros.within(latents))
             if packed:
@@ -99,8 +104,14 @@ class Spool:
 
     def _flush(self) -> None:
         for cell, buffer in self._buffers.items():
-            with self._file_of[cell].open("ab") as file:
-                file.write(buffer)
+            try:
+                with self._file_of[cell].open("ab") as file:
+                    file.write(buffer)
+            except OSError as error:
+                raise StoreError(
+                    f"spool {self._file_of[cell]} ({cell}): cannot be written: {error}. It takes "
+                    "12 bytes per non-zero; free space there or set TMPDIR, and run again."
+                ) from error
         self._buffers.clear()
         self._n_buffered = 0
 

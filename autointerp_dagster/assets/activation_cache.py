@@ -1,7 +1,7 @@
 """Every activation above zero of every latent, from one forward pass over the token dataset."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import dagster as dg
@@ -10,8 +10,10 @@ import polars as pl
 from autointerp_dagster.adapters.coders import check_fits
 from autointerp_dagster.adapters.datasets import read_dataset
 from autointerp_dagster.adapters.spool import CachedLayers, cache_layers
+from autointerp_dagster.adapters.subject_models import SubjectModel
 from autointerp_dagster.core.schemas import ACTIVATIONS, FIRING_COUNTS
-from autointerp_dagster.core.types import Cell, WholeStudy
+from autointerp_dagster.core.sparse_coders import SparseCoder
+from autointerp_dagster.core.types import Cell, LayerKey, Progress, WholeStudy
 from autointerp_dagster.partitions import stage_asset
 from autointerp_dagster.resources.coders import Coders
 from autointerp_dagster.resources.models import SubjectModels
@@ -45,21 +47,29 @@ def build_activation_cache(study: Study) -> dg.AssetsDefinition:
             # Encoding is paid for whole layers, so every range of them is committed.
             cells = stage.pending_cells([cell for cell in study.cells if cell.layer in loaded])
             if cells:
-                manifest = stage.input("token_dataset", WholeStudy())
-                with tempfile.TemporaryDirectory(prefix="autointerp-spool-") as folder:
-                    cached = cache_layers(
-                        model,
-                        read_dataset(stage.store, manifest),
-                        {layer: coder.coder for layer, coder in loaded.items()},
-                        {layer: [c.range for c in cells if c.layer == layer] for layer in loaded},
-                        Path(folder),
-                        progress.on(context),
-                    )
-                    for cell in cells:
-                        _commit(stage, cell, cached, model.execution)
+                sparse = {layer: coder.coder for layer, coder in loaded.items()}
+                _run(stage, cells, model, sparse, progress.on(context))
             yield from stage.report()
 
     return activation_cache
+
+
+def _run(
+    stage: StageRun,
+    cells: Sequence[Cell],
+    model: SubjectModel,
+    coders: Mapping[LayerKey, SparseCoder],
+    progress: Progress,
+) -> None:
+    """One forward pass for all cells."""
+    dataset = read_dataset(stage.store, stage.input("token_dataset", WholeStudy()))
+    ranges = {layer: [cell.range for cell in cells if cell.layer == layer] for layer in coders}
+    with (
+        tempfile.TemporaryDirectory(prefix="autointerp-spool-") as folder,
+        cache_layers(model, dataset, coders, ranges, Path(folder), progress) as cached,
+    ):
+        for cell in cells:
+            _commit(stage, cell, cached, model.execution)
 
 
 def _commit(

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 import dagster as dg
+import polars as pl
 
-from autointerp_dagster.core.metrics import latent_metrics_of
+from autointerp_dagster.core.metrics import HEADLINE, latent_metrics_of
 from autointerp_dagster.core.schemas import (
     EXPLANATIONS,
     LATENT_METRICS,
@@ -12,7 +13,7 @@ from autointerp_dagster.core.schemas import (
     VERDICTS,
 )
 from autointerp_dagster.partitions import stage_asset
-from autointerp_dagster.resources.plots import preview
+from autointerp_dagster.resources.plots import histogram, preview
 from autointerp_dagster.resources.store import Commit, StoreResource
 from autointerp_dagster.study import Study
 
@@ -39,8 +40,22 @@ def build_latent_metrics(study: Study) -> dg.AssetsDefinition:
                 )
                 blob = stage.store.put_table(LATENT_METRICS, metrics)
                 shown = {"preview": preview(metrics.filter(metrics["variant"] == "all"))}
+                shown |= _histograms(metrics)
                 summary = {"n_metrics": metrics.height}
                 stage.commit(cell, Commit([blob], summary, stage.all_complete(cell), shown=shown))
             yield from stage.report()
 
     return latent_metrics
+
+
+def _histograms(metrics: pl.DataFrame) -> dict[str, dg.MetadataValue]:
+    """The headline metric of each scorer over the latents of the cell."""
+    own = metrics.filter(
+        (pl.col("variant") == "all") & (pl.col("subject") == "own") & pl.col("value").is_not_null()
+    )
+    return {
+        f"{scorer}_{metric}": histogram(values["value"], f"{scorer}: {metric} of a latent")
+        for scorer, metric in HEADLINE.items()
+        for values in [own.filter((pl.col("scorer") == scorer) & (pl.col("metric") == metric))]
+        if not values.is_empty()
+    }

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 
 import dagster as dg
 import numpy as np
@@ -10,6 +11,8 @@ from matplotlib.figure import Figure
 
 PREVIEW_ROWS = 10
 _MAX_TEXT = 200
+_BARE_ADDRESS = re.compile(r"(://|@|www)", re.IGNORECASE)
+_ZERO_WIDTH_SPACE = "\N{ZERO WIDTH SPACE}"
 
 
 def preview(frame: pl.DataFrame) -> dg.MetadataValue:
@@ -54,7 +57,20 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     text = str(value)
-    text = text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 1] + "…"
-    for found, escaped in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;")):
-        text = text.replace(found, escaped)
-    return text.replace("\n", " ")
+    return escaped(text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 1] + "…")
+
+
+def escaped(text: str) -> str:
+    """Text that a Markdown page shows as it is, on one line: no markup, no HTML, no links.
+
+    Punctuation becomes character references, which mean no markup. Renderers also make links of
+    bare addresses, after references are resolved; a zero-width space in them prevents that.
+    """
+    unlinked = _BARE_ADDRESS.sub(rf"\1{_ZERO_WIDTH_SPACE}", text)
+    return "".join(map(_reference, unlinked))
+
+
+def _reference(character: str) -> str:
+    if not character.isascii() or character.isalnum():
+        return character
+    return f"&#{ord(character)};" if character.isprintable() and character != " " else " "

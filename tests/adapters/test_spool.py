@@ -12,7 +12,7 @@ from autointerp_dagster.adapters.spool import CachedLayers, Spool, cache_layers
 from autointerp_dagster.adapters.subject_models import SubjectModel, open_subject_model
 from autointerp_dagster.core.activations import Nonzeros
 from autointerp_dagster.core.config import SparsifyCoderConfig, SubjectModelConfig, TokenConfig
-from autointerp_dagster.core.errors import CoderError, ModelError
+from autointerp_dagster.core.errors import CoderError, ModelError, StoreError
 from autointerp_dagster.core.schemas import ACTIVATIONS
 from autointerp_dagster.core.sparse_coders import TopKCoder
 from autointerp_dagster.core.tokens import Document, TokenDataset, build_token_dataset
@@ -219,3 +219,17 @@ def test_a_failed_run_leaves_no_files(
         )
     weight.data.copy_(saved)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named_with_the_cell_and_what_to_do(tmp_path, monkeypatch):
+    spool = Spool(tmp_path, {LAYER: [WHOLE]}, buffer_bytes=1)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(StoreError, match=r"layers.0/0000000-0000063.*No space left.*TMPDIR"):
+        spool.append(LAYER, CHUNKS[0])
+    monkeypatch.undo()
+    spool.close()
+    assert not list(tmp_path.iterdir())

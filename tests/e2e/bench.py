@@ -26,7 +26,6 @@ from autointerp_dagster.study.stages import STAGES, places_of, stages_of
 SMALL: dict[str, Any] = {
     "latents": [0, 1, 7, 9],
     "explainers": {"top_tokens": None},
-    "sampling": {"n_test": 10, "n_negative_test": 10},
     "metrics": {"n_bootstrap": 100},
 }
 """Four latents per layer, of which two have a meaning, by one explainer."""

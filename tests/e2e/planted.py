@@ -380,8 +380,8 @@ def write_study(
         "max_num_latents": MAX_NUM_LATENTS,
         "range_size": RANGE_SIZE,
         "sampling": {
-            "window_len": WINDOW_LEN, "n_train": 12, "n_select": 4, "n_test": 15,
-            "n_negative_train": 4, "n_negative_select": 4, "n_negative_test": 15,
+            "window_len": WINDOW_LEN, "n_train": 12, "n_select": 4, "n_test": 10,
+            "n_negative_train": 4, "n_negative_select": 4, "n_negative_test": 10,
             "n_quantiles": 5, "min_tokens": 100, "min_test_windows": 15,
         },
         "explainers": {

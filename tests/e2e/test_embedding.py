@@ -18,7 +18,7 @@ NAMES = {
 
 
 def build_embedder(folder: Path) -> Path:
-    """Texts as the mean of their words; a word, or the name of its class, is its class's axis."""
+    """Texts as the mean of their words; a word of a class, and its name, is the class's axis."""
     from sentence_transformers import SentenceTransformer, models
     from sentence_transformers.models.tokenizer import WhitespaceTokenizer
 
@@ -27,7 +27,7 @@ def build_embedder(folder: Path) -> Path:
     weights = np.zeros((len(words), len(axes)), dtype=np.float32)
     for row, word in enumerate(words):
         name = NAMES.get(word, CLASS_OF.get(word))
-        if name is not None:
+        if name in NAMES.values():
             weights[row, axes.index(name)] = 1.0
     tokenizer = WhitespaceTokenizer(words, stop_words=[], do_lower_case=False)
     embeddings = models.WordEmbeddings(tokenizer, weights.tolist())

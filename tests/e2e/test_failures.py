@@ -104,6 +104,7 @@ def test_calls_that_failed_are_made_again_by_the_next_run(
     assert sum(not head.complete for head in explained.values()) == 1
 
     script.reset()
+    bench = fresh(small, tmp_path, instance)
     bench.run()
     assert bench.contents() == small.contents()
     assert all(head.complete for head in bench.heads().values())

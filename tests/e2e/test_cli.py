@@ -1,0 +1,109 @@
+"""The commands, on a study that is done."""
+
+import re
+
+import polars as pl
+import pytest
+from bench import SMALL, Bench
+from typer.testing import CliRunner
+
+from autointerp_dagster.cli import app
+from autointerp_dagster.cli.why import Walk
+
+
+def invoke(*arguments):
+    return CliRunner(env={"COLUMNS": "400"}).invoke(app, [str(a) for a in arguments])
+
+
+def scored_latent(bench):
+    verdicts = bench.table("score_detection", "verdicts")
+    row = verdicts.filter((pl.col("subject") == "other") & pl.col("call_id").is_not_null())
+    return row.row(0, named=True)
+
+
+@pytest.mark.parametrize("command", ["run", "status", "why"])
+def test_help_says_what_a_command_does_and_names_its_arguments(command):
+    answer = invoke(command, "--help")
+    assert answer.exit_code == 0
+    assert "STUDY" in answer.stdout
+
+
+def test_why_walks_to_documents_prompts_and_weights(small):
+    row = scored_latent(small)
+    layer = f"{row['coder']}@{row['hookpoint']}"
+    answer = invoke("why", small.path, layer, row["latent"], "--scorer", "detection")
+    assert answer.exit_code == 0, answer.output
+    head = small.heads()[("score_detection", f"{layer}/{_range_of(small, row['latent'])}")]
+    walk = Walk.start(small.store, head)
+    for name, version in walk.external.items():
+        assert f"{name}: hash {version}" in answer.stdout
+    assert set(walk.external) >= {"corpus all", "subject_model all", f"sparse_coders {layer}"}
+    for stage in ("token_dataset", "activation_cache", "latent_records", "explanations"):
+        assert f"{stage}/" in answer.stdout
+    documents = walk.dataset().documents["doc_id"].to_list()
+    named = re.findall(r"of document '([^']+)'", answer.stdout)
+    assert named
+    assert set(named) <= set(documents)
+    assert "judged by call" in answer.stdout
+    assert "Description:" in answer.stdout
+    assert f"explanation of latent {row['explanation_of']} (other)" in answer.stdout
+
+
+def test_why_still_explains_an_old_score_after_a_newer_run(world, server, tmp_path, instance):
+    bench = Bench(tmp_path, world, server.base_url, instance, SMALL)
+    bench.run()
+    row = scored_latent(bench)
+    layer, place = f"{row['coder']}@{row['hookpoint']}", None
+    place = f"{layer}/{_range_of(bench, row['latent'])}"
+    old = bench.heads()[("score_detection", place)]
+    newer = Bench(
+        tmp_path,
+        world,
+        server.base_url,
+        instance,
+        {**SMALL, "sampling": {"n_test": 12, "n_negative_test": 12}},
+    )
+    newer.run()
+    assert newer.heads()[("score_detection", place)].path != old.path
+    answer = invoke("why", newer.path, layer, row["latent"], "--manifest", old.path)
+    assert answer.exit_code == 0, answer.output
+    assert old.path in answer.stdout
+    assert f"window {row['window_id']}" in answer.stdout or "more windows" in answer.stdout
+
+
+def test_status_counts_what_is_done(small):
+    answer = invoke("status", small.path)
+    n_cells = len(small.study.cells)
+    assert re.search(rf"score_detection\W+{n_cells}/{n_cells}", answer.stdout)
+    assert re.search(r"study_metrics\W+1/1", answer.stdout)
+
+
+def test_a_dry_run_says_what_there_is_and_changes_nothing(world, server, tmp_path, instance):
+    bench = Bench(tmp_path, world, server.base_url, instance, SMALL)
+    answer = invoke("run", bench.path, "--dry-run")
+    assert answer.exit_code == 0
+    assert re.search(rf"activation_cache\W+{len(bench.study.cells)}\W+0", answer.stdout)
+    assert bench.heads() == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("why", "PATH", "sae@nowhere", 0), "no layer 'sae@nowhere'. It has:"),
+        (("why", "PATH", "LAYER", 10**6), "beyond max_num_latents"),
+        (("why", "PATH", "LAYER", 0, "--scorer", "x"), "no scorer 'x'. There are:"),
+        (("run", "PATH", "--until", "x"), "no stage 'x'. It has:"),
+        (("run", "PATH", "--layers", "x"), "no layer 'x'. It has:"),
+        (("status", "nowhere"), "no such study"),
+    ],
+)
+def test_a_wrong_argument_is_named_without_a_traceback(small, arguments, message):
+    known = {"PATH": small.path, "LAYER": small.study.layer_keys[0]}
+    answer = invoke(*(known.get(a, a) for a in arguments))
+    assert answer.exit_code == 1
+    assert message in answer.stderr
+    assert "Traceback" not in answer.output
+
+
+def _range_of(bench, latent):
+    return next(r for r in bench.study.ranges if r.start <= latent < r.stop)
