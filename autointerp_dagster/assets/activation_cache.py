@@ -39,7 +39,7 @@ def build_activation_cache(study: Study) -> dg.AssetsDefinition:
             "subject_model": lambda _: model.identity(),
             "sparse_coders": lambda layer: coders.identity(study, layer),
         }
-        with store.stage(context, study, "activation_cache", {}, external) as stage:
+        with store.stage(context, study, "activation_cache", external=external) as stage:
             layers = sorted({cell.layer for cell in stage.pending_cells()})
             loaded = {layer: coders.of(study, layer) for layer in layers}
             for layer, coder in loaded.items():

@@ -31,28 +31,22 @@ def build_explanations(study: Study) -> dg.AssetsDefinition:
             make_explainer(name, config) for name, config in study.explainers.items()
         ]
         external = {"sparse_coders": lambda layer: coders.identity(study, layer)}
-        with llms.explainer(study, store.of(study)) as llm:
-            parameters = {
-                "latents": study.latents_identity,
-                "floors": study.floors.identity(),
-                "explainers": {
-                    e.name: {**study.explainers[e.name].identity(), "version": e.version}
-                    for e in explainers
-                },
-                "explainer_llm": llm.identity,
-            }
-            with store.stage(context, study, "explanations", parameters, external) as stage:
-                Explaining(
-                    stage,
-                    study,
-                    explainers,
-                    parameters,
-                    llm,
-                    coders,
-                    models.of(study).detokenizer,
-                    progress.on(context),
-                    lambda: paid(llm),
-                ).commit_cells()
+        with llms.explainer(context, study, store.of(study)) as llm:
+            asked = {"explainer_llm": llm.identity}
+            with store.stage(
+                context, study, "explanations", models=asked, external=external
+            ) as stage:
+                explaining = Explaining(
+                    stage=stage,
+                    study=study,
+                    explainers=explainers,
+                    llm=llm,
+                    coders=coders,
+                    detokenizer=models.of(study).detokenizer,
+                    progress=progress.on(context),
+                    usage=lambda: paid(llm),
+                )
+                explaining.commit_cells()
                 yield from stage.report()
 
     return explanations

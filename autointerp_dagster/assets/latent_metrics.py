@@ -25,7 +25,7 @@ def build_latent_metrics(study: Study) -> dg.AssetsDefinition:
     def latent_metrics(
         context: dg.AssetExecutionContext, store: StoreResource
     ) -> Iterator[dg.MaterializeResult]:
-        with store.stage(context, study, "latent_metrics", study.metrics.identity()) as stage:
+        with store.stage(context, study, "latent_metrics") as stage:
             for cell in stage.pending_cells():
                 metrics = latent_metrics_of(
                     cell.layer,

@@ -8,6 +8,7 @@ from autointerp_dagster.adapters.datasets import read_dataset
 from autointerp_dagster.core.latent_records import latent_records_of, record_counts
 from autointerp_dagster.core.schemas import ACTIVATIONS, FIRING_COUNTS, LATENTS, WINDOWS
 from autointerp_dagster.core.types import WholeStudy
+from autointerp_dagster.core.windows import window_grid
 from autointerp_dagster.partitions import stage_asset
 from autointerp_dagster.resources.plots import preview
 from autointerp_dagster.resources.progress import ProgressDisplay
@@ -22,10 +23,10 @@ def build_latent_records(study: Study) -> dg.AssetsDefinition:
     def latent_records(
         context: dg.AssetExecutionContext, store: StoreResource, progress: ProgressDisplay
     ) -> Iterator[dg.MaterializeResult]:
-        parameters = study.sampling.identity()
-        with store.stage(context, study, "latent_records", parameters) as stage:
+        with store.stage(context, study, "latent_records") as stage:
             pending = stage.pending_cells()
             dataset = read_dataset(stage.store, stage.input("token_dataset", WholeStudy()))
+            grid = window_grid(dataset, study.sampling) if pending else None
             bar = progress.on(context)
             for cell in bar(pending, total=len(pending), description="records", unit="cells"):
                 counts = stage.table("activation_cache", cell, FIRING_COUNTS.name)
@@ -36,6 +37,7 @@ def build_latent_records(study: Study) -> dg.AssetsDefinition:
                     cell.layer,
                     range(cell.range.start, min(cell.range.stop, counts.height)),
                     study.sampling,
+                    grid,
                 )
                 blobs = [
                     stage.store.put_table(LATENTS, tables.latents),

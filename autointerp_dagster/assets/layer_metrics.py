@@ -19,7 +19,7 @@ def build_layer_metrics(study: Study) -> dg.AssetsDefinition:
     def layer_metrics(
         context: dg.AssetExecutionContext, store: StoreResource
     ) -> Iterator[dg.MaterializeResult]:
-        with store.stage(context, study, "layer_metrics", study.metrics.identity()) as stage:
+        with store.stage(context, study, "layer_metrics") as stage:
             for layer in stage.pending_layers():
                 metrics = layer_metrics_of(
                     layer,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import dagster as dg
 
 from autointerp_dagster.core.config import EmbeddingConfig
-from autointerp_dagster.core.scorers import Job, Verdict, embedding, rank
+from autointerp_dagster.core.scorers import Job, Verdict, rank
 from autointerp_dagster.core.types import Cell
 from autointerp_dagster.partitions import stage_asset
 from autointerp_dagster.resources.embedders import Embedders
@@ -29,19 +29,14 @@ def build_score_embedding(study: Study) -> dg.AssetsDefinition:
     ) -> Iterator[dg.MaterializeResult]:
         config = study.scorers.embedding or EmbeddingConfig()
         detokenizer, embedder = models.of(study).detokenizer, embedders.of(study)
-        parameters = {
-            **config.identity(),
-            "embedder": embedder.identity,
-            "query_prefix": embedder.query_prefix,
-            "scorer": embedding.VERSION,
-        }
 
         def verdicts(cell: Cell, jobs: Iterable[Job]) -> Iterator[Verdict]:
             del cell
             return rank(jobs, config, detokenizer, embedder)
 
-        with store.stage(context, study, "score_embedding", parameters) as stage:
-            Scoring(stage, study, parameters, verdicts, progress.on(context)).commit_cells()
+        asked = {"embedder": embedder.identity, "query_prefix": embedder.query_prefix}
+        with store.stage(context, study, "score_embedding", models=asked) as stage:
+            Scoring(stage, study, verdicts, progress.on(context)).commit_cells()
             yield from stage.report()
 
     return score_embedding

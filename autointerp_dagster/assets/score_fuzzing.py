@@ -9,7 +9,7 @@ from autointerp_dagster.core.scorers import Job, Verdict, fuzzing, judge
 from autointerp_dagster.core.types import Cell
 from autointerp_dagster.partitions import stage_asset
 from autointerp_dagster.resources.coders import Coders
-from autointerp_dagster.resources.llms import LLMs, judging_parameters, paid
+from autointerp_dagster.resources.llms import LLMs, paid
 from autointerp_dagster.resources.models import SubjectModels
 from autointerp_dagster.resources.progress import ProgressDisplay
 from autointerp_dagster.resources.scoring import Scoring
@@ -31,16 +31,17 @@ def build_score_fuzzing(study: Study) -> dg.AssetsDefinition:
     ) -> Iterator[dg.MaterializeResult]:
         config = study.scorers.fuzzing or FuzzingConfig()
         detokenizer = models.of(study).detokenizer
-        with llms.judge(study, store.of(study)) as llm:
-            parameters = judging_parameters(llm, config, fuzzing.VERSION)
+        with llms.judge(context, study, store.of(study)) as llm:
 
             def verdicts(cell: Cell, jobs: Iterable[Job]) -> Iterator[Verdict]:
                 block_of = coders.block_of(study, cell.layer, "score_fuzzing")
                 return judge(fuzzing, jobs, config, detokenizer, llm, block_of)
 
-            with store.stage(context, study, "score_fuzzing", parameters) as stage:
-                shown = progress.on(context)
-                Scoring(stage, study, parameters, verdicts, shown, lambda: paid(llm)).commit_cells()
+            asked = {"judge": llm.identity}
+            with store.stage(context, study, "score_fuzzing", models=asked) as stage:
+                Scoring(
+                    stage, study, verdicts, progress.on(context), lambda: paid(llm)
+                ).commit_cells()
                 yield from stage.report()
 
     return score_fuzzing

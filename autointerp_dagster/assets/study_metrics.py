@@ -19,7 +19,7 @@ def build_study_metrics(study: Study) -> dg.AssetsDefinition:
     def study_metrics(
         context: dg.AssetExecutionContext, store: StoreResource
     ) -> Iterator[dg.MaterializeResult]:
-        with store.stage(context, study, "study_metrics", study.metrics.identity()) as stage:
+        with store.stage(context, study, "study_metrics") as stage:
             for place in stage.pending():
                 metrics = study_metrics_of(
                     stage.table("latent_metrics", place, LATENT_METRICS.name), study.metrics

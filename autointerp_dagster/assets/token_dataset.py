@@ -28,9 +28,7 @@ def build_token_dataset_asset(study: Study) -> dg.AssetsDefinition:
             "subject_model": lambda _: model.identity(),
             "corpus": lambda _: corpus.identity(),
         }
-        with store.stage(
-            context, study, "token_dataset", study.tokens.identity(), external
-        ) as stage:
+        with store.stage(context, study, "token_dataset", external=external) as stage:
             for place in stage.pending():
                 dataset = build_token_dataset(
                     corpus.documents(), model.encode, model.bos_id, study.tokens

@@ -54,19 +54,27 @@ def _cells(study: Study, store: Store, asset: str, table: str) -> pl.DataFrame:
 def _layer_table(
     study: Study, layer: LayerKey, explained: pl.DataFrame, headline: Headlines
 ) -> Table:
-    table = Table(
-        title=f"{layer}: value / floor [95 % interval]", show_lines=True, title_justify="left"
-    )
-    table.add_column("latent, explainer, explanation", ratio=1)
+    table = Table(title=f"{layer}: value / floor, below it the 95 % interval", expand=True)
+    table.add_column("latent, explainer\nexplanation", ratio=1, no_wrap=True, overflow="ellipsis")
     for scorer in study.scorers.asked:
-        table.add_column(f"{scorer}\n{HEADLINE[scorer]}", no_wrap=True)
+        metric = HEADLINE[scorer].removeprefix("balanced_")
+        table.add_column(f"{scorer}\n{metric}", no_wrap=True, min_width=12)
+    last = None
     for row in explained.filter(pl.col("selected")).sort(_KEY).iter_rows(named=True):
         key = tuple(row[name] for name in _KEY)
-        text = Text.assemble((f"{row['latent']} ", "bold"), (f"{row['explainer']}: ", "dim"))
-        text.append(row["text"] or f"({row['status']}: {row['reason']})")
+        if last not in (None, row["latent"]):
+            table.add_section()
+        last = row["latent"]
+        text = Text.assemble((f"{row['latent']} ", "bold"), (f"{row['explainer']}\n", "dim"))
+        text.append(_printable(row["text"] or f"({row['status']}: {row['reason']})"))
         scores = [_score(headline, key, scorer) for scorer in study.scorers.asked]
         table.add_row(text, *scores)
     return table
+
+
+def _printable(text: str) -> str:
+    """Text of a model or a corpus without characters that command a terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _headlines(study: Study, metrics: pl.DataFrame) -> Headlines:
@@ -102,8 +110,8 @@ def _floors_table(comparisons: pl.DataFrame) -> Table:
     for row in rows.iter_rows(named=True):
         interval = "" if row["lo"] is None else f"{row['lo']:+.3f} to {row['hi']:+.3f}"
         table.add_row(
-            row["scorer"],
-            row["explainer"],
+            str(row["scorer"]),
+            str(row["explainer"]),
             "" if row["value"] is None else f"{row['value']:+.3f}",
             interval,
             "" if row["p"] is None else f"{row['p']:.3f}",

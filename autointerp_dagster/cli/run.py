@@ -71,7 +71,7 @@ def materialize(study: Study, selection: Selection, instance: dg.DagsterInstance
     Raises:
         AutoInterpError: What went wrong in a stage, as the stage said it.
     """
-    check_study(study)
+    check_study(study, {stage.name for stage in selection.stages})
     by_scope = {
         scope: [stage for stage in selection.stages if stage.scope == scope]
         for scope in ("study", "cell", "layer")
@@ -92,7 +92,9 @@ def materialize(study: Study, selection: Selection, instance: dg.DagsterInstance
 def plan(study: Study, selection: Selection, console: Console) -> None:
     """Prints what a run would look at, and what of it the store already holds."""
     store = StoreResource().of(study)
-    table = Table("stage", "places", "made before", title=f"{study.name}: dry run")
+    table = Table(
+        "stage", "places", "made before (maybe out of date)", title=f"{study.name}: dry run"
+    )
     for stage in selection.stages:
         cells: list[Place] = list(selection.cells)
         places = cells if stage.scope == "cell" else list(places_of(study, stage.scope))

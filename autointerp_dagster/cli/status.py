@@ -10,7 +10,7 @@ from autointerp_dagster.study.stages import places_of, stages_of
 
 def print_status(study: Study, store: Store, console: Console) -> None:
     """Prints, per stage, how many places are done, cut short or missing, and what they cost."""
-    table = Table("stage", "done", "cut short", "missing", "rows", "seconds", title=study.name)
+    table = Table("stage", "made", "cut short", "missing", "rows", "seconds", title=study.name)
     for stage in stages_of(study):
         if stage.is_external:
             continue

@@ -14,13 +14,15 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from autointerp_dagster.adapters.datasets import document_of, read_dataset
-from autointerp_dagster.adapters.llm import Entry, Journal
+from autointerp_dagster.adapters.llm import Entry, Journal, open_journal
 from autointerp_dagster.adapters.manifests import Manifest, Upstream
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.core.errors import StudyError
+from autointerp_dagster.core.llm import JournalBlock
 from autointerp_dagster.core.schemas import EXPLANATIONS, VERDICTS
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import Cell, LayerKey
+from autointerp_dagster.resources.coders import LATENTS_PER_BLOCK
 from autointerp_dagster.study import Study
 from autointerp_dagster.study.stages import SCORE_STAGES
 
@@ -52,9 +54,10 @@ class Walk:
         external: dict[str, str] = {}
         for upstream in _ancestors(store, manifest):
             if upstream.manifest is None:
-                external[f"{upstream.asset} {upstream.cell}"] = upstream.content_hash
+                external.setdefault(f"{upstream.asset} {upstream.cell}", upstream.content_hash)
             else:
-                ancestors[upstream.asset] = store.manifest(upstream.manifest)
+                # The nearest of an asset comes first: what the score itself was made from.
+                ancestors.setdefault(upstream.asset, store.manifest(upstream.manifest))
         return cls(store, manifest, ancestors, external)
 
     def verdicts(self, latent: int) -> pl.DataFrame:
@@ -67,6 +70,21 @@ class Walk:
         blob = self.ancestors["explanations"].blob(f"{EXPLANATIONS.name}/{explainer}")
         rows = self.store.table(blob).filter((pl.col("latent") == latent) & pl.col("selected"))
         return rows.row(0, named=True)
+
+    def block(self, stage: str, layer: LayerKey, latent: int) -> JournalBlock:
+        """Where the calls about a latent are journalled."""
+        coder_hash = self.external[f"sparse_coders {layer}"]
+        return JournalBlock(stage, coder_hash, latent // LATENTS_PER_BLOCK)
+
+    def why_unscored(self, latent: int) -> str:
+        """Why a latent has no verdict here."""
+        explained = self.ancestors["explanations"]
+        rows = [self.store.table(b) for b in explained.blobs if b.name.startswith("explanations")]
+        mine = pl.concat([EXPLANATIONS.empty(), *rows]).filter(pl.col("latent") == latent)
+        if mine.is_empty():
+            return "not scored: the study did not select this latent to be explained"
+        reasons = [f"{r['explainer']}: {r['status']} ({r['reason']})" for r in mine.to_dicts()]
+        return f"not scored: no explanation. {', '.join(reasons)}"
 
     def dataset(self) -> TokenDataset:
         """The tokens that the windows were cut from."""
@@ -88,38 +106,42 @@ def walk_score(
         StudyError: If the study has no such layer, latent or scorer, or it was never scored.
     """
     cell = _cell_of(study, layer, latent)
-    manifests = [store.manifest(manifest)] if manifest else list(_heads(study, store, cell, scorer))
+    manifests = (
+        [_older(store, cell, manifest)] if manifest else list(_heads(study, store, cell, scorer))
+    )
     if not manifests:
         raise StudyError(
             f"{study.name} {layer} latent {latent}: no score{f' by {scorer}' if scorer else ''}. "
             f"Run `autointerp run {study.name}` first."
         )
-    with Journal(store.root) as journal:
+    with open_journal(store.root) as journal:
         for found in manifests:
             walk = Walk.start(store, found)
             tree = Tree(f"[bold]{found.stage}[/] {escape(str(cell.layer))} latent {latent}")
-            _add_verdicts(tree, walk, journal, latent)
+            _add_verdicts(tree, walk, journal, cell.layer, latent)
             _add_manifests(tree, walk)
             console.print(tree)
 
 
-def _add_verdicts(tree: Tree, walk: Walk, journal: Journal, latent: int) -> None:
+def _add_verdicts(tree: Tree, walk: Walk, journal: Journal, layer: LayerKey, latent: int) -> None:
     verdicts = walk.verdicts(latent)
     if verdicts.is_empty():
-        tree.add("not scored: this latent was not selected, or has no explanation")
+        tree.add(walk.why_unscored(latent))
         return
     dataset = walk.dataset()
     groups = verdicts.partition_by("explainer", "subject", as_dict=True, maintain_order=True)
     for (explainer, subject), rows in groups.items():
         row = walk.explanation(rows["explanation_of"][0], str(explainer))
         branch = tree.add(
-            f"explainer [bold]{explainer}[/], explanation of latent {row['latent']} "
+            f"explainer [bold]{escape(str(explainer))}[/], explanation of latent {row['latent']} "
             f"({subject}): {escape(repr(row['text']))}"
         )
-        _add_call(branch, journal, row["call_id"], "written by")
+        writing = walk.block("explanations", layer, int(str(row["latent"])))
+        judging = walk.block(walk.manifest.stage, layer, latent)
+        _add_call(branch, journal, row["call_id"], writing, "written by")
         for verdict in rows.head(SHOWN_WINDOWS).iter_rows(named=True):
             leaf = branch.add(_verdict_line(verdict, dataset))
-            _add_call(leaf, journal, verdict["call_id"], "judged by")
+            _add_call(leaf, journal, verdict["call_id"], judging, "judged by")
         if rows.height > SHOWN_WINDOWS:
             branch.add(f"... and {rows.height - SHOWN_WINDOWS} more windows in the table")
 
@@ -137,10 +159,10 @@ def _verdict_line(verdict: dict[str, object], dataset: TokenDataset) -> str:
     )
 
 
-def _add_call(tree: Tree, journal: Journal, call_id: object, how: str) -> None:
+def _add_call(tree: Tree, journal: Journal, call_id: object, block: JournalBlock, how: str) -> None:
     if call_id is None:
         return
-    entry = journal.find(str(call_id))
+    entry = journal.find(str(call_id), block)
     branch = tree.add(f"{how} call {call_id}")
     if entry is None:
         branch.add("[yellow]not in the journal any more[/]")
@@ -177,6 +199,16 @@ def _ancestors(store: Store, manifest: Manifest) -> Iterator[Upstream]:
         yield upstream
         if upstream.manifest is not None:
             todo.extend(store.manifest(upstream.manifest).upstream)
+
+
+def _older(store: Store, cell: Cell, path: str) -> Manifest:
+    manifest = store.manifest(path)
+    if manifest.stage not in SCORE_STAGES or manifest.cell != str(cell):
+        raise StudyError(
+            f"{path}: a manifest of {manifest.stage} {manifest.cell}, wanted a score of {cell}. "
+            "Give the path of a score's manifest, or another layer and latent."
+        )
+    return manifest
 
 
 def _cell_of(study: Study, layer: str, latent: int) -> Cell:

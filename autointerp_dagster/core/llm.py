@@ -225,6 +225,11 @@ class Usage:
     completion_tokens: int = 0
     usd: float = 0.0
 
+    @property
+    def n_tokens(self) -> int:
+        """Prompt and completion tokens together."""
+        return self.prompt_tokens + self.completion_tokens
+
     def __add__(self, other: "Usage") -> "Usage":
         """The sum, field by field."""
         return Usage(

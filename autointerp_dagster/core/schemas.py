@@ -23,12 +23,23 @@ LatentStatus = Literal["ok", "dead", "rare", "dense"]
 
 ExplanationStatus = Literal["ok", "failed", "skipped"]
 ExplanationReason = Literal[
-    "dead", "rare", "dense", "unparsable", "refused", "call_failed", "budget", "no_train_windows"
+    "dead",
+    "rare",
+    "dense",
+    "unparsable",
+    "refused",
+    "too_long",
+    "call_failed",
+    "budget",
+    "no_train_windows",
 ]
 """Why there is no text. The first three come from the latent's record."""
 
 VerdictStatus = Literal["ok", "failed"]
-VerdictReason = Literal["unparsable", "refused", "call_failed", "budget", "no_log_probability"]
+VerdictReason = Literal["unparsable", "refused", "too_long", "call_failed", "budget", "no_vector"]
+"""``call_failed`` and ``budget`` lie with the run and are tried again by the next; the others are
+answers. ``too_long``: the prompt does not fit the model; ``no_vector``: an embedding of length
+zero or not finite."""
 
 Subject = Literal["own", "other", "random"]
 """Whose explanation was scored: the latent's own, another latent's (a floor), a random coder's."""

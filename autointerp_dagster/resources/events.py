@@ -11,7 +11,7 @@ import dagster as dg
 
 from autointerp_dagster.adapters.manifests import Manifest
 from autointerp_dagster.core.types import Cell, Place
-from autointerp_dagster.partitions import partition_key
+from autointerp_dagster.partitions import code_version, partition_key
 from autointerp_dagster.study import Study
 from autointerp_dagster.study.stages import Stage, inputs_at, upstream_of
 
@@ -48,7 +48,7 @@ def report_place(
 ) -> None:
     """Records the materialization of one place, as its manifest describes it."""
     tags = {
-        _CODE_VERSION: stage.version,
+        _CODE_VERSION: code_version(study, stage),
         _DATA_VERSION: manifest.content_hash,
         _USER_PROVIDED: "true",
     }

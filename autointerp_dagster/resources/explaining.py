@@ -28,7 +28,6 @@ class Explaining:
     stage: StageRun
     study: Study
     explainers: Sequence[Explainer]
-    parameters: Mapping[str, Any]
     llm: LLM
     coders: Coders
     detokenizer: Detokenizer
@@ -62,7 +61,9 @@ class Explaining:
         """The latents of the cell that are to be explained; chosen over the whole layer."""
         counts = self.stage.table("activation_cache", cell, FIRING_COUNTS.name)
         chosen = select_latents(cell.layer, counts, self.study.latents)
-        floors = floor_latents(cell.layer, chosen, self.study.floors)
+        firing = counts.filter(pl.col("n_tokens") >= self.study.sampling.min_tokens)["latent"]
+        likely = chosen[np.isin(chosen, firing.to_numpy())]  # the others are dead or rare
+        floors = floor_latents(cell.layer, likely, self.study.floors)
         mine = chosen[(chosen >= cell.range.start) & (chosen < cell.range.stop)]
         frame = pl.DataFrame({"latent": mine, "is_floor": np.isin(mine, floors)})
         return SELECTION.conform(frame, cell.layer)
@@ -76,8 +77,10 @@ class Explaining:
 
     def _part(self, cell: Cell, explainer: Explainer, latents: list[int]) -> Part:
         identity = {
-            "explainer": self.parameters["explainers"][explainer.name],
-            "explainer_llm": self.parameters["explainer_llm"] if explainer.asks_a_model else None,
+            "explainer": self.stage.parameters["explainers"][explainer.name],
+            "explainer_llm": self.stage.parameters["explainer_llm"]
+            if explainer.asks_a_model
+            else None,
             "latents": latents,
             "latent_records": self.stage.input("latent_records", cell).content_hash,
             "token_dataset": self.stage.input("token_dataset", WholeStudy()).content_hash,

@@ -1,55 +1,66 @@
-"""Language models that explain and judge, each with its journal and budget behind it."""
+"""Language models that explain and judge, each with its journal and the run's budget behind it."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import dagster as dg
+from pydantic import PrivateAttr
 
-from autointerp_dagster.adapters.llm import Journal, JournaledLLM, open_llm
+from autointerp_dagster.adapters.llm import JournaledLLM, open_journal, open_llm
 from autointerp_dagster.adapters.storage import Store
-from autointerp_dagster.core.config import LLMConfig, Parameters
+from autointerp_dagster.core.config import LLMConfig, LocalLLMConfig
+from autointerp_dagster.core.llm import Usage
 from autointerp_dagster.study import Study
 
 
 class LLMs(dg.ConfigurableResource):
     """Opens the language model that plays a part in a study, for the length of a step."""
 
-    wal_dir: str | None = None
-    """Folder of this machine for the journal's write-ahead logs; needed if the store is remote."""
+    _paid: dict[str, Usage] = PrivateAttr(default_factory=dict)
+    """By run: what its finished steps paid remote models."""
 
     @contextmanager
-    def explainer(self, study: Study, store: Store) -> Iterator[JournaledLLM]:
+    def explainer(
+        self, context: dg.AssetExecutionContext, study: Study, store: Store
+    ) -> Iterator[JournaledLLM]:
         """The model that writes explanations."""
-        with self._open(study, store, study.models.explainer) as llm:
+        with self._open(context.run_id, study, store, study.models.explainer) as llm:
             yield llm
 
     @contextmanager
-    def judge(self, study: Study, store: Store) -> Iterator[JournaledLLM]:
+    def judge(
+        self, context: dg.AssetExecutionContext, study: Study, store: Store
+    ) -> Iterator[JournaledLLM]:
         """The model that answers scorers."""
-        with self._open(study, store, study.models.judge or study.models.explainer) as llm:
+        config = study.models.judge or study.models.explainer
+        with self._open(context.run_id, study, store, config) as llm:
             yield llm
 
     @contextmanager
-    def _open(self, study: Study, store: Store, config: LLMConfig) -> Iterator[JournaledLLM]:
-        wal_dir = None if self.wal_dir is None else Path(self.wal_dir)
+    def _open(
+        self, run_id: str, study: Study, store: Store, config: LLMConfig
+    ) -> Iterator[JournaledLLM]:
+        """A model that may spend what the run has left; a model in this process costs nothing."""
+        before = self._paid.get(run_id, Usage())
+        is_local = isinstance(config, LocalLLMConfig)
+        usd, tokens = study.budget.usd, study.budget.tokens
         with (
-            Journal(store.root, wal_dir=wal_dir) as journal,
+            open_journal(store.root) as journal,
             open_llm(
                 config,
                 journal=journal,
-                budget_usd=study.budget.usd,
-                budget_tokens=study.budget.tokens,
+                budget_usd=None if usd is None or is_local else max(0.0, usd - before.usd),
+                budget_tokens=(
+                    None if tokens is None or is_local else max(0, tokens - before.n_tokens)
+                ),
             ) as llm,
         ):
-            yield llm
-
-
-def judging_parameters(llm: JournaledLLM, config: Parameters, version: str) -> dict[str, Any]:
-    """What decides a judge's verdicts, for fingerprints."""
-    return {**config.identity(), "judge": llm.identity, "scorer": version}
+            try:
+                yield llm
+            finally:
+                if not is_local:
+                    self._paid[run_id] = before + llm.usage
 
 
 def paid(llm: JournaledLLM) -> Mapping[str, float]:

@@ -1,28 +1,60 @@
 """Everything that can be wrong with a study, asked before anything expensive begins."""
 
 import asyncio
+from collections.abc import Collection
 
 from autointerp_dagster.adapters.coders import check_fits
 from autointerp_dagster.adapters.llm import open_backend
 from autointerp_dagster.core.config import LLMConfig
+from autointerp_dagster.core.errors import StudyError
+from autointerp_dagster.core.explainers import make_explainer
 from autointerp_dagster.resources.coders import Coders
 from autointerp_dagster.resources.corpora import Corpora
+from autointerp_dagster.resources.embedders import Embedders
 from autointerp_dagster.resources.models import SubjectModels
 from autointerp_dagster.study import Study
 
 
-def check_study(study: Study) -> None:
-    """Checks corpus, model, tokenizer, hookpoints, coders and language models, cheap ones first.
+def check_study(study: Study, stages: Collection[str]) -> None:
+    """Checks what some stages need against each other, cheap things first.
+
+    Every document is read once: a file that is empty or no text is better found now than later.
+
+    Args:
+        study: The study.
+        stages: Names of the stages that are to run.
 
     Raises:
         AutoInterpError: The first thing that does not fit; names file, key, value and remedy.
     """
-    Corpora().of(study)
-    for config in {study.models.explainer, study.models.judge or study.models.explainer}:
+    corpus = Corpora().of(study)
+    for config in _models_asked(study, stages):
         asyncio.run(_check_llm(config))
+    if "score_embedding" in stages:
+        _ = Embedders().of(study).identity
+    for _ in corpus.documents():
+        pass
     model = SubjectModels().of(study)
     for layer in study.layer_keys:
-        check_fits(Coders().of(study, layer), model, layer, study.max_num_latents)
+        loaded = Coders().of(study, layer)
+        check_fits(loaded, model, layer, study.max_num_latents)
+        listed = study.latents if isinstance(study.latents, tuple) else ()
+        beyond = [latent for latent in listed if latent >= loaded.coder.num_latents]
+        if beyond:
+            raise StudyError(
+                f"study {study.name}: latents: {beyond[0]} is not a latent of {layer}, whose coder "
+                f"has {loaded.coder.num_latents}. Remove it from the list."
+            )
+
+
+def _models_asked(study: Study, stages: Collection[str]) -> set[LLMConfig]:
+    asked: set[LLMConfig] = set()
+    explains = any(make_explainer(n, c).asks_a_model for n, c in study.explainers.items())
+    if "explanations" in stages and explains:
+        asked.add(study.models.explainer)
+    if {"score_detection", "score_fuzzing"} & set(stages):
+        asked.add(study.models.judge or study.models.explainer)
+    return asked
 
 
 async def _check_llm(config: LLMConfig) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -38,8 +37,6 @@ class Scoring:
 
     stage: StageRun
     study: Study
-    parameters: Mapping[str, Any]
-    """All that decides a verdict besides the stage's inputs."""
     verdicts_of: VerdictsOf
     progress: Progress
     usage: Callable[[], Mapping[str, float]] = dict
@@ -72,7 +69,7 @@ class Scoring:
         explained = self.stage.input("explanations", cell)
         blob = explained.blob(f"{EXPLANATIONS.name}/{explainer}")
         identity = {
-            **self.parameters,
+            **self.stage.parameters,
             "explanations": blob.content_hash,
             "donors": explained.blob(DONORS.name).content_hash,
             "latent_records": self.stage.input("latent_records", cell).content_hash,

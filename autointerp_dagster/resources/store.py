@@ -34,6 +34,7 @@ from autointerp_dagster.partitions import place_of
 from autointerp_dagster.resources.events import observe, report_place
 from autointerp_dagster.resources.versions import code_revision, library_versions
 from autointerp_dagster.study import Study
+from autointerp_dagster.study.parameters import parameters_of
 from autointerp_dagster.study.stages import STAGES, Stage, inputs_at, upstream_of
 
 _logger = logging.getLogger(__name__)
@@ -75,7 +76,8 @@ class StoreResource(dg.ConfigurableResource):
         context: dg.AssetExecutionContext,
         study: Study,
         name: str,
-        parameters: Mapping[str, Any],
+        *,
+        models: Mapping[str, Any] | None = None,
         external: External | None = None,
     ) -> "StageRun":
         """This run of one stage.
@@ -84,12 +86,12 @@ class StoreResource(dg.ConfigurableResource):
             context: Of the asset that runs.
             study: Whose cells these are.
             name: The stage.
-            parameters: All that decides the result besides inputs and the stage's version;
-                JSON-ready.
+            models: Identities of the models that the stage asks; JSON-ready.
             external: The present version of each external input.
         """
         stage = STAGES[name]
-        return StageRun(context, self.of(study), study, stage, dict(parameters), external or {})
+        parameters = {**parameters_of(study, name), **(models or {})}
+        return StageRun(context, self.of(study), study, stage, parameters, external or {})
 
 
 class StageRun:
@@ -108,10 +110,12 @@ class StageRun:
         self._context = context
         self._study = study
         self._stage = stage
-        self._parameters = parameters
+        self.parameters = parameters
+        """All that decides the result besides inputs and the stage's version."""
         self._external = external
         self._done: dict[Place, tuple[Manifest, Mapping[str, dg.MetadataValue]]] = {}
         self._inputs: dict[Place, tuple[Upstream, ...]] = {}
+        self._read: dict[tuple[str, Place], Manifest] = {}
         self._started = self._entered = time.time()
 
     def __enter__(self) -> Self:
@@ -172,7 +176,7 @@ class StageRun:
                 "stage": self._stage.name,
                 "version": self._stage.version,
                 "place": str(place),
-                "parameters": self._parameters,
+                "parameters": self.parameters,
                 "upstream": sorted(
                     [up.asset, up.cell, up.content_hash] for up in self._inputs_of(place)
                 ),
@@ -180,17 +184,20 @@ class StageRun:
         )
 
     def input(self, asset: str, place: Place) -> Manifest:
-        """The manifest of an upstream place.
+        """The manifest of an upstream place, the same for the whole run though its head may move.
 
         Raises:
             StoreError: If it was never materialized; says which asset to materialize first.
         """
+        if (asset, place) in self._read:
+            return self._read[asset, place]
         manifest = self.store.head(self._study.name, asset, str(place))
         if manifest is None:
             raise StoreError(
                 f"{self._study.name}: {self._stage.name} needs {asset} {place}, which was never "
                 f"materialized. Materialize {asset} first (or run `autointerp run`)."
             )
+        self._read[asset, place] = manifest
         return manifest
 
     def inputs(self, asset: str, place: Place) -> list[Manifest]:
@@ -260,7 +267,7 @@ class StageRun:
                 content_hash=content_hash_of(blobs, commit.status),
                 status=commit.status,
                 complete=commit.complete,
-                parameters=self._parameters,
+                parameters=self.parameters,
                 upstream=self._inputs_of(place),
                 blobs=blobs,
                 summary=dict(commit.summary),

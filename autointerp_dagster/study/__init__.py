@@ -35,8 +35,13 @@ def find_studies(folder: Path) -> list[Study]:
     """The studies of a folder, by file name.
 
     Raises:
-        StudyError: If one of them cannot be read, or two have one name.
+        StudyError: If there is no such folder, one of them cannot be read, or two have one name.
     """
+    if not folder.is_dir():
+        raise StudyError(
+            f"{folder.resolve()}: no such folder of studies. Start in the folder that holds "
+            "studies/, or set AUTOINTERP_STUDIES."
+        )
     studies = [load_study(path) for path in sorted(folder.glob("*.yaml"))]
     names = [study.name for study in studies]
     for name in names:

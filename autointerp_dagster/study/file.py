@@ -17,6 +17,9 @@ from pydantic_core import ErrorDetails
 
 from autointerp_dagster.core.errors import StudyError
 
+MAY_HOLD_SECRETS = ("base_url", "store")
+"""Keys whose value is not repeated in a message."""
+
 Keys = tuple[str | int, ...]
 """The way from the top of a file to a value."""
 
@@ -45,7 +48,10 @@ class StudyFile:
             return cls(path, content, places)
         if not isinstance(base_name, str):
             raise StudyError(f"{places[('extends',)]}: extends: wanted a file name.")
-        base = cls.read(path.parent / base_name, (*seen, path.resolve()))
+        base_path = path.parent / base_name
+        if not base_path.is_file():
+            raise StudyError(f"{places[('extends',)]}: extends: no such study file {base_path}.")
+        base = cls.read(base_path, (*seen, path.resolve()))
         inherited = {key: value for key, value in base.content.items() if key != "name"}
         return cls(path, _merge(inherited, content), {**base.places, **places})
 
@@ -67,7 +73,8 @@ class StudyFile:
         message = problem["msg"].removeprefix("Value error, ")
         if not name:
             return f"{place}: {message}"
-        return f"{place}: {name}: {message} (got {problem['input']!r})."
+        got = "" if keys[-1] in MAY_HOLD_SECRETS else f" (got {problem['input']!r})"
+        return f"{place}: {name}: {message}{got}."
 
     def _keys_of(self, location: tuple[str | int, ...]) -> Keys:
         """The location without the tags that pydantic adds for unions."""
@@ -92,8 +99,10 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[Keys, str]]:
     if not isinstance(root, yaml.MappingNode):
         raise StudyError(f"{path}: wanted a mapping of keys such as models, corpus, coders.")
     places: dict[Keys, str] = {}
-    content = _value(root, (), path, places)
-    return content, places
+    try:
+        return _value(root, (), path, places), places
+    except yaml.YAMLError as error:
+        raise StudyError(f"{path}: a value cannot be read: {error}") from error
 
 
 def _value(node: yaml.Node, keys: Keys, path: Path, places: dict[Keys, str]) -> Any:

@@ -1,5 +1,6 @@
 """The parameters of a study, composed of those that ``core/config`` declares."""
 
+import re
 from itertools import product
 from typing import Any
 
@@ -14,6 +15,7 @@ from autointerp_dagster.core.config import (
     MetricsConfig,
     ModelsConfig,
     Parameters,
+    RemoteLLMConfig,
     SamplingConfig,
     ScorersConfig,
     TokenConfig,
@@ -25,9 +27,13 @@ MAX_KEYS = 99
 
 
 class BudgetConfig(Parameters, frozen=True):
-    """What one run may spend on remote language models; null: no limit."""
+    """What one run may spend on remote language models; null: no limit.
+
+    Checked before each call; calls under way when it is reached still count.
+    """
 
     usd: float | None = Field(default=None, ge=0)
+    """Needs the prices of every remote model."""
     tokens: int | None = Field(default=None, ge=0)
     """Prompt and completion tokens together."""
 
@@ -97,6 +103,35 @@ class Study(Parameters, frozen=True):
                 )
         if len(self.layer_keys) > MAX_KEYS:
             raise ValueError(f"layers: {len(self.layer_keys)} in all, wanted at most {MAX_KEYS}.")
+        return self
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "Study":
+        for what, names in (("coders", self.coders), ("explainers", self.explainers)):
+            for name in names:
+                if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                    raise ValueError(
+                        f"{what}: name {name!r}: wanted letters, digits, '_' and '-' only."
+                    )
+        for layer in self.layer_keys:
+            if not re.fullmatch(r"\w+(\.\w+)*", layer.hookpoint):
+                raise ValueError(
+                    f"layers: hookpoint {layer.hookpoint!r}: wanted a dotted module path, e.g. "
+                    "'layers.9.mlp'."
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_prices(self) -> "Study":
+        models = {"explainer": self.models.explainer, "judge": self.models.judge}
+        for part, config in models.items():
+            is_free = isinstance(config, RemoteLLMConfig) and not config.has_price
+            if self.budget.usd is not None and is_free:
+                raise ValueError(
+                    f"budget.usd: models.{part} has no price, so the budget could never be "
+                    "reached. Add usd_per_1m_prompt and usd_per_1m_completion, or use "
+                    "budget.tokens."
+                )
         return self
 
     @model_validator(mode="after")

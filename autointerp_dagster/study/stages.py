@@ -122,7 +122,6 @@ STAGES: dict[str, Stage] = {
             "cell",
             "1",
             (
-                "latent_records",
                 "explanations",
                 "score_detection",
                 "score_fuzzing",

@@ -120,6 +120,16 @@ def test_a_part_is_found_by_its_fingerprint(store):
     assert store.find_part("explanations", "abd") is None
 
 
+def test_what_lost_a_blob_counts_as_never_made(store):
+    blob = store.put_table(ACTIVATIONS, rows())
+    manifest(store, [blob])
+    store.put_part("explanations", Part(name="default", fingerprint="abc", blob=blob))
+    assert store.find("activation_cache", "f") is not None
+    (store.root / blob.path).unlink()
+    assert store.find("activation_cache", "f") is None
+    assert store.find_part("explanations", "abc") is None
+
+
 def test_a_full_disk_leaves_nothing_that_is_read(tmp_path, monkeypatch):
     store = Store(tmp_path)
 

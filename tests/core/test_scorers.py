@@ -278,7 +278,7 @@ def test_the_score_of_a_label_is_its_probability():
 
 
 @pytest.mark.parametrize("scorer", LABEL_SCORERS)
-@pytest.mark.parametrize("reason", ["unparsable", "refused", "call_failed", "budget"])
+@pytest.mark.parametrize("reason", ["unparsable", "refused", "too_long", "call_failed", "budget"])
 def test_a_failed_call_is_one_failed_row_per_window_with_the_reason(scorer, reason):
     prompts = prompts_for(scorer, make_record(n_test=3, n_negative=2))
     verdicts = verdicts_for(scorer, prompts, [answered(None, reason=reason)])
@@ -554,8 +554,8 @@ def test_a_vector_without_direction_is_a_failed_row():
         OWN, windows, vectors([1, 0])[0], vectors([0, 0], [np.nan, 1], [2, 0])
     )
     assert [(v.status, v.reason, v.score) for v in scored] == [
-        ("failed", "call_failed", None),
-        ("failed", "call_failed", None),
+        ("failed", "no_vector", None),
+        ("failed", "no_vector", None),
         ("ok", None, 1.0),
     ]
     none = embedding.verdicts_of(OWN, windows, vectors([0, 0])[0], vectors([1, 0], [0, 1], [2, 0]))

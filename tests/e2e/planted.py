@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -77,7 +77,7 @@ VOCABULARY = ("<s>", *CLASS_OF)
 P_CLASS, P_TRIGGER = 0.035, 0.04
 """Chance of each class, and of each trigger word, at each place of a text."""
 
-_DIM_OF = {name: CONTEXT_LEN + i for i, name in enumerate(CLASSES)}
+DIM_OF = {name: CONTEXT_LEN + i for i, name in enumerate(CLASSES)}
 _PREVIOUS = {name: CONTEXT_LEN + len(CLASSES) + i for i, name in enumerate(CLASSES)}
 _FIRST_BUCKET = CONTEXT_LEN + 2 * len(CLASSES)
 D_MODEL = _FIRST_BUCKET + N_BUCKETS
@@ -112,7 +112,7 @@ class Planted:
 
 
 def _class(explanation: str, *names: str, status: str = "ok") -> Planted:
-    return Planted(tuple(_DIM_OF[name] for name in names), explanation, status)
+    return Planted(tuple(DIM_OF[name] for name in names), explanation, status)
 
 
 def _after(explanation: str, name: str) -> Planted:
@@ -215,14 +215,6 @@ def save_coder(folder: Path, hookpoint: str) -> None:
     (folder / "cfg.json").write_text(json.dumps(config))
 
 
-def change_coder(folder: Path, latent: int, onto: str) -> None:
-    """Rewires one latent so that it reads another class."""
-    tensors = load_file(folder / "sae.safetensors")
-    tensors["encoder.weight"][latent] = 0.0
-    tensors["encoder.weight"][latent, _DIM_OF[onto]] = 1.0
-    save_file(tensors, folder / "sae.safetensors")
-
-
 def _save_model(folder: Path) -> None:
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(VOCABULARY)}))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -259,7 +251,7 @@ def _embedding(word: str) -> torch.Tensor:
     name = CLASS_OF.get(word)
     if name is not None:
         is_alone = len(CLASSES[name]) == 1
-        vector[_DIM_OF[name]] = 1.0 if is_alone else STRENGTHS[digest[1] % len(STRENGTHS)]
+        vector[DIM_OF[name]] = 1.0 if is_alone else STRENGTHS[digest[1] % len(STRENGTHS)]
     return vector
 
 
@@ -273,7 +265,7 @@ def _wire_attention(attention: Any) -> None:
         query[position, position] = 5.0
         if position + 1 < CONTEXT_LEN:
             key[position, position + 1] = 5.0
-    for name, source in _DIM_OF.items():
+    for name, source in DIM_OF.items():
         value[source, source] = 1 / 6
         attention.c_proj.weight[source, _PREVIOUS[name]] = 1.0
 

@@ -10,13 +10,13 @@ import dagster as dg
 import pytest
 import torch
 from bench import Bench, Name, in_flight
-from planted import build_world, change_coder
+from planted import DIM_OF, build_world
+from safetensors.torch import load_file, save_file
 
 from autointerp_dagster.adapters.llm.fake_server import FakeLLMServer
 from autointerp_dagster.adapters.subject_models import open_subject_model
 from autointerp_dagster.core.scorers import fuzzing
 
-LINKED_AGAIN = "h.1"
 RIGHT_BELOW_CODERS = ("activation_cache", "explanations")
 
 
@@ -45,6 +45,14 @@ def forward_passes(bench: Bench) -> Iterator[list[int]]:
     hook = base_model.register_forward_pre_hook(count, with_kwargs=True)
     yield batches
     hook.remove()
+
+
+def read_another_class(coder: Path, latent: int, name: str) -> None:
+    """Changes the weights of one latent so that it fires on this class."""
+    tensors = load_file(coder / "sae.safetensors")
+    tensors["encoder.weight"][latent] = 0.0
+    tensors["encoder.weight"][latent, DIM_OF[name]] = 1.0
+    save_file(tensors, coder / "sae.safetensors")
 
 
 def changed(before: Bench | dict[Name, str], after: Bench) -> set[Name]:
@@ -86,7 +94,7 @@ def test_changed_weights_make_only_their_layer_stale_and_new(
     bench.run()
     assert bench.stale() == set()
     before = paths(bench)
-    change_coder(world / "coders" / "h.1", latent=7, onto="colour")
+    read_another_class(world / "coders" / "h.1", latent=7, name="colour")
     bench.observe("sparse_coders")
     cells = [str(cell) for cell in bench.study.cells if cell.layer.hookpoint == "h.1"]
     assert bench.stale() == {(asset, cell) for asset in RIGHT_BELOW_CODERS for cell in cells}

@@ -81,6 +81,11 @@ def test_a_hookpoint_is_taken_for_every_coder_and_a_key_for_one(tmp_path):
         ("range_size: 40", "range_size: 1", r"100 ranges, wanted at most 99. Use 2 or more"),
         ("models:", "models: [", r"tiny.yaml: no valid YAML"),
         ("kind: files", "kind: hub", r":4: corpus: .*'hub'.*'files'"),
+        ("sae: {path", "s/ae: {path", r"coders: name 's/ae': wanted letters, digits"),
+        ("default: {kind", "de|fault: {kind", r"explainers: name 'de|fault': wanted letters"),
+        ("layers.0,", "../x,", r"layers: hookpoint '\.\./x': wanted a dotted module path"),
+        ("scorers:", "budget: {usd: 1}\nscorers:", r"budget.usd: models.explainer has no price"),
+        ("100", "!!nonsense 100", r"tiny.yaml: a value cannot be read"),
     ],
 )
 def test_a_mistake_is_named_with_file_line_key_and_remedy(tmp_path, found, replacement, message):
@@ -119,6 +124,30 @@ def test_a_mistake_in_an_extended_file_is_placed_there(tmp_path):
     write(tmp_path, MINIMAL.replace("range_size", "rangesize"))
     with pytest.raises(StudyError, match=r"tiny.yaml:9: rangesize"):
         load_study(write(tmp_path, "extends: tiny.yaml\n", "child.yaml"))
+
+
+def test_a_study_to_extend_that_is_missing_is_placed_where_it_is_named(tmp_path):
+    with pytest.raises(StudyError, match=r"a.yaml:1: extends: no such study file .*b.yaml"):
+        load_study(write(tmp_path, "extends: b.yaml\n", "a.yaml"))
+
+
+def test_an_address_that_may_hold_a_key_is_not_repeated(tmp_path):
+    text = MINIMAL.replace("127.0.0.1:1/v1", "host/v1?key=canary")
+    with pytest.raises(StudyError, match="models.explainer.base_url") as caught:
+        load_study(write(tmp_path, text))
+    assert "canary" not in str(caught.value)
+
+
+def test_a_missing_folder_of_studies_is_named(tmp_path):
+    with pytest.raises(StudyError, match="no such folder of studies"):
+        find_studies(tmp_path / "nowhere")
+
+
+def test_an_alias_stands_for_the_address(tmp_path):
+    here = MINIMAL.replace("model: m", "model: m, alias: ours")
+    there = here.replace("127.0.0.1:1", "127.0.0.1:2")
+    one = load_study(write(tmp_path, here)).models.identity()
+    assert one == load_study(write(tmp_path, there)).models.identity()
 
 
 def test_a_study_cannot_extend_itself(tmp_path):
@@ -162,7 +191,7 @@ def test_a_scorer_that_is_not_asked_for_is_no_stage_and_no_input(tmp_path):
     assert "score_detection" in names
     assert "score_fuzzing" not in names
     inputs = [stage.name for stage in upstream_of(study, STAGES["latent_metrics"])]
-    assert inputs == ["latent_records", "explanations", "score_detection"]
+    assert inputs == ["explanations", "score_detection"]
 
 
 def test_the_demo_study_is_valid():

@@ -5,7 +5,12 @@ Every call goes through a journal, so nothing is paid twice; see ``client`` for 
 
 from autointerp_dagster.adapters.llm.backend import Backend, CallError, Reply
 from autointerp_dagster.adapters.llm.client import Backoff, JournaledLLM
-from autointerp_dagster.adapters.llm.factory import find_model, open_backend, open_llm
+from autointerp_dagster.adapters.llm.factory import (
+    find_model,
+    open_backend,
+    open_journal,
+    open_llm,
+)
 from autointerp_dagster.adapters.llm.journal import Entry, Journal
 
 __all__ = [
@@ -18,5 +23,6 @@ __all__ = [
     "Reply",
     "find_model",
     "open_backend",
+    "open_journal",
     "open_llm",
 ]

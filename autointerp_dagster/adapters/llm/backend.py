@@ -10,6 +10,9 @@ from autointerp_dagster.core.schemas import VerdictReason
 REFUSED = frozenset({"content_filter", "refusal"})
 """Finish reasons of an answer that the model or its filter declined to give."""
 
+TOO_LONG = "too_long"
+"""Finish reason of a prompt that does not fit the model's context; asking again cannot help."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -28,6 +31,8 @@ class Reply:
         """Why the call can have no answer; null if there is a text to read."""
         if self.finish_reason in REFUSED:
             return "refused"
+        if self.finish_reason == TOO_LONG:
+            return "too_long"
         return "call_failed" if self.text is None else None
 
 

@@ -2,13 +2,29 @@
 
 from pathlib import Path
 
+from upath import UPath
+
 from autointerp_dagster.adapters.llm.backend import Backend
 from autointerp_dagster.adapters.llm.client import JournaledLLM
 from autointerp_dagster.adapters.llm.journal import Journal
+from autointerp_dagster.adapters.llm.segments import is_local
 from autointerp_dagster.core.config.models import LLMConfig, LocalLLMConfig
 from autointerp_dagster.core.errors import ModelError
 
 EMBEDDED = "embedded:"
+
+
+def open_journal(root: UPath) -> Journal:
+    """The journal of a store.
+
+    Its write-ahead logs lie beside it or, if the store is remote, in the user's cache folder
+    (``AUTOINTERP_CACHE``).
+    """
+    if is_local(root):
+        return Journal(root)
+    from autointerp_dagster.adapters.embedded import cache_folder
+
+    return Journal(root, wal_dir=cache_folder() / "journal-wal")
 
 
 def open_llm(

@@ -12,7 +12,7 @@ from typing import Any
 
 import openai
 
-from autointerp_dagster.adapters.llm.backend import CallError, Reply
+from autointerp_dagster.adapters.llm.backend import TOO_LONG, CallError, Reply
 from autointerp_dagster.adapters.llm.openai_reply import reply_of
 from autointerp_dagster.core.config.models import RemoteLLMConfig
 from autointerp_dagster.core.errors import LLMError
@@ -22,6 +22,8 @@ RETRIABLE = frozenset({408, 409, 429, 500, 502, 503, 504, 520, 521, 522, 523, 52
 ENDPOINT_WIDE = frozenset({401, 403, 404, 405})
 """Codes that say something about the address or the key, if no call ever succeeded."""
 CONNECT_TIMEOUT_S = 10.0
+LONGEST_RETRY_AFTER_S = 300.0
+"""A server that asks for a longer wait is asked again all the same."""
 
 _OPTIONAL = {
     "response_format": ("response_format",),
@@ -55,7 +57,8 @@ class OpenAIBackend:
             )
         self._config = config
         self._url = config.base_url.rstrip("/")
-        self.identity = f"{self._url}|{config.model}"
+        freely = "" if config.structured_outputs else "|unstructured"
+        self.identity = f"{config.alias or self._url}|{config.model}{freely}"
         self.max_in_flight = config.max_in_flight
         self._lacks: set[str] = set() if config.structured_outputs else {"response_format"}
         self._client: openai.AsyncOpenAI | None = None
@@ -99,6 +102,8 @@ class OpenAIBackend:
             except openai.APIStatusError as error:
                 if error.code == "content_filter":
                     return Reply(text=None, finish_reason="content_filter")
+                if _is_too_long(error):
+                    return Reply(text=None, finish_reason=TOO_LONG)
                 feature = _to_drop(error, body)
                 if feature is None:
                     raise self._status_error(error) from None
@@ -213,6 +218,14 @@ class OpenAIBackend:
         return str(error).replace(key, "<key>") if key else str(error)
 
 
+def _is_too_long(error: openai.APIStatusError) -> bool:
+    """Whether the server says, by code or in words, that the prompt does not fit."""
+    if error.status_code not in (400, 413, 422):
+        return False
+    complaint = str(error).lower()
+    return error.code == "context_length_exceeded" or "context length" in complaint
+
+
 def _to_drop(error: openai.APIStatusError, body: dict[str, Any]) -> str | None:
     """The feature to try without after a rejected body; null if none is left to blame."""
     if error.status_code not in (400, 422):
@@ -227,6 +240,6 @@ def _retry_after_s(error: openai.APIStatusError) -> float | None:
     """Seconds from a Retry-After header; null without one or for a date."""
     value = error.response.headers.get("retry-after", "")
     try:
-        return max(0.0, float(value))
+        return min(LONGEST_RETRY_AFTER_S, max(0.0, float(value)))
     except ValueError:
         return None

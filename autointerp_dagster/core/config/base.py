@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict
 class Parameters(BaseModel, frozen=True):
     """Frozen parameters; an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, hide_input_in_errors=True
+    )
 
     execution_only: ClassVar[frozenset[str]] = frozenset()
     """Fields that change how fast a result is made, never what it is: not in fingerprints."""

@@ -1,7 +1,7 @@
 """Which models play which part, and where they run."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -50,10 +50,13 @@ class RemoteLLMConfig(Parameters, frozen=True):
         {"api_key_env", "max_in_flight", "timeout_s", "usd_per_1m_prompt", "usd_per_1m_completion"}
     )
 
-    base_url: str = Field(pattern=r"^https?://")
-    """Up to and including ``/v1``, e.g. ``http://127.0.0.1:8000/v1``."""
+    base_url: str = Field(pattern=r"^https?://[^?#]+$")
+    """Up to and including ``/v1``, e.g. ``http://127.0.0.1:8000/v1``; no secrets in it."""
     model: str
     """The name that the server knows the model by."""
+    alias: str | None = None
+    """The endpoint's name in identities; null: ``base_url``. With an alias the server may move
+    without making its answers strangers to the journal."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the key; the key itself is never written."""
     max_in_flight: int = Field(default=32, ge=1)
@@ -66,6 +69,16 @@ class RemoteLLMConfig(Parameters, frozen=True):
     """Price of a million prompt tokens."""
     usd_per_1m_completion: float = Field(default=0.0, ge=0)
     """Price of a million completion tokens."""
+
+    @property
+    def has_price(self) -> bool:
+        """Whether a call costs anything."""
+        return self.usd_per_1m_prompt > 0 or self.usd_per_1m_completion > 0
+
+    def identity(self) -> dict[str, Any]:
+        """As for all parameters; an alias stands for the address."""
+        fields = super().identity()
+        return {**fields, "base_url": self.alias or self.base_url.rstrip("/")}
 
 
 def _where_it_runs(value: object) -> str:

@@ -22,7 +22,8 @@ _REASON_OF_COMPLETION: dict[VerdictReason, ExplanationReason] = {
     "refused": "refused",
     "call_failed": "call_failed",
     "budget": "budget",
-    "no_log_probability": "call_failed",
+    "too_long": "too_long",
+    "no_vector": "call_failed",
 }
 
 

@@ -41,7 +41,7 @@ class Embedder(Protocol):
         ...
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "text dim"]:
-        """One vector per text, in order, of any length; each depends on its own text alone."""
+        """One vector per text, in order, of any length; depends on the texts of the call alone."""
         ...
 
 
@@ -78,7 +78,7 @@ def verdicts_of(
     """One verdict per window, in order, ranked by cosine in [-1, 1].
 
     A vector of length zero, or one that is not finite, has no direction: its window is failed with
-    ``call_failed``, and all are if it is the explanation's.
+    ``no_vector``, and all are if it is the explanation's.
 
     Raises:
         ValueError: If windows and vectors differ in number.
@@ -118,6 +118,6 @@ def _verdict(task: ScoringTask, window: Window, cosine: float | None) -> Verdict
         probability=None,
         score=cosine,
         status="ok" if cosine is not None else "failed",
-        reason=None if cosine is not None else "call_failed",
+        reason=None if cosine is not None else "no_vector",
         call_id=None,
     )

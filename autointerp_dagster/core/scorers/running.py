@@ -1,7 +1,6 @@
 """Scoring many latents: jobs in, verdicts out, as the models answer."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from autointerp_dagster.core.config import EmbeddingConfig
@@ -12,9 +11,6 @@ from autointerp_dagster.core.scorers.planning import Job
 from autointerp_dagster.core.scorers.tasks import ScoringTask, Verdict
 from autointerp_dagster.core.tokens import Detokenizer
 from autointerp_dagster.core.types import LatentId
-
-LATENTS_PER_BATCH = 64
-"""Latents whose texts are embedded together: bounds memory, whatever the cell's size."""
 
 
 def judge(
@@ -61,27 +57,15 @@ def rank(
     detokenizer: Detokenizer,
     embedder: embedding.Embedder,
 ) -> Iterator[Verdict]:
-    """Every verdict of the embedding scorer, in the order of the jobs."""
-    remaining = iter(jobs)
-    while batch := list(islice(remaining, LATENTS_PER_BATCH)):
-        yield from _rank_batch(batch, config, detokenizer, embedder)
+    """Every verdict of the embedding scorer, in the order of the jobs.
 
-
-def _rank_batch(
-    jobs: Sequence[Job],
-    config: EmbeddingConfig,
-    detokenizer: Detokenizer,
-    embedder: embedding.Embedder,
-) -> Iterator[Verdict]:
-    inputs = [embedding.embedding_inputs(job.record, config, detokenizer) for job in jobs]
-    texts = {text: None for shown in inputs for text in shown.texts}
+    A latent's windows are one unit and each explanation another, because an embedder's last bits
+    depend on what it embeds together: so verdicts do not depend on other latents, on ranges, or on
+    which other explanations are tested.
+    """
     for job in jobs:
+        inputs = embedding.embedding_inputs(job.record, config, detokenizer)
+        windows = embedder.embed(inputs.texts)
         for task in job.tasks:
-            texts[embedding.query_text(task, embedder.query_prefix)] = None
-    row_of = {text: row for row, text in enumerate(texts)}
-    vectors = embedder.embed(list(texts))
-    for job, shown in zip(jobs, inputs, strict=True):
-        windows = vectors[[row_of[text] for text in shown.texts]]
-        for task in job.tasks:
-            query = vectors[row_of[embedding.query_text(task, embedder.query_prefix)]]
-            yield from embedding.verdicts_of(task, shown.windows, query, windows)
+            (query,) = embedder.embed([embedding.query_text(task, embedder.query_prefix)])
+            yield from embedding.verdicts_of(task, inputs.windows, query, windows)

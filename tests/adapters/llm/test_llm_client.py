@@ -64,7 +64,8 @@ def test_every_request_comes_back_with_text_probabilities_and_usage(journal):
 )
 def test_no_request_is_lost_to_a_fault_that_passes(journal, fault):
     n = 6 if fault == "hang" else 24
-    server = FakeLLMServer(count_of, faults=lambda i: fault if i % 3 == 0 else None)
+    # Only early calls fail, so no request can meet the fault more often than it is repeated.
+    server = FakeLLMServer(count_of, faults=lambda i: fault if i < n // 3 else None)
     with server, llm_at(server, journal, timeout_s=0.5 if fault == "hang" else 10) as llm:
         completed = answers(llm, questions(n))
     assert len(completed) == n

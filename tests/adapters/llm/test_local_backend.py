@@ -268,7 +268,7 @@ def test_a_prompt_beyond_the_models_positions_is_a_row_not_an_error(backend, tmp
     with Journal(UPath(tmp_path)) as journal, JournaledLLM(backend, journal) as llm:
         requests = [judge("cats", ("word " * 200,)), judge("cats", ("short",))]
         completed = [completion for _, completion in llm.answer(requests)]
-    assert [completion.reason for completion in completed] == ["call_failed", None]
+    assert [completion.reason for completion in completed] == ["too_long", None]
 
 
 def test_a_local_model_answers_through_the_factory_and_its_journal(model_dir, tmp_path):
