@@ -72,7 +72,8 @@ def _plain(model: SubjectModel, dataset: TokenDataset, coder: TopKCoder) -> Cach
     hidden: list[torch.Tensor] = []
     hooked = model.base_model.get_submodule(LAYER.hookpoint)
     handle = hooked.register_forward_hook(lambda _, __, output: hidden.append(output))
-    first, rows = dataset.first_visible, []
+    first = dataset.first_visible
+    rows: list[pl.DataFrame] = []
     n_tokens, n_contexts = np.zeros(NUM_LATENTS, np.int64), np.zeros(NUM_LATENTS, np.int64)
     largest = np.zeros(NUM_LATENTS, np.float32)
     with torch.inference_mode():

@@ -51,13 +51,15 @@ class Pair(Generic[T, U]):
 
 def by_turns(ours: Callable[[], T], plain: Callable[[], U], repeats: int = 3) -> Pair[T, U]:
     """Runs both versions ``repeats`` times, one after the other."""
-    ratios, results = [], []
+    ratios: list[float] = []
+    pairs: list[tuple[T, U]] = []
     for _ in range(repeats):
         found, ours_s = cpu_seconds(ours)
         expected, plain_s = cpu_seconds(plain)
         ratios.append(plain_s / ours_s)
-        results.append((found, expected))
-    return Pair(*results[0], statistics.median(ratios))
+        pairs.append((found, expected))
+    found, expected = pairs[0]
+    return Pair(found, expected, statistics.median(ratios))
 
 
 def cpu_seconds(work: Callable[[], T]) -> tuple[T, float]:

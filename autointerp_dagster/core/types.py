@@ -123,7 +123,14 @@ class Progress(Protocol):
         ...
 
 
-def silent(items: Iterable[T], *, total: int, description: str, unit: str = "it") -> Iterator[T]:
+def silent(
+    items: Iterable[T],
+    *,
+    total: int,
+    description: str,
+    unit: str = "it",
+    note: Callable[[], str] | None = None,
+) -> Iterator[T]:
     """The :class:`Progress` that shows nothing."""
-    del total, description, unit
+    del total, description, unit, note
     yield from items

@@ -127,6 +127,8 @@ def test_a_new_judge_scores_again_and_changes_nothing_above(
     judge = {"judge": {"model": "fake-2", "max_in_flight": 32}}
     other = replace(linked, overrides={**linked.overrides, "models": {**in_flight(1), **judge}})
     n_asked = len(server.requests)
+    # Stale before anything is run, so that the UI's badges say what an edit will cost.
+    assert {asset for asset, _ in other.stale()} == {"score_detection", "score_fuzzing"}
     with forward_passes(other) as batches:
         other.run()
     assert batches == []
@@ -141,6 +143,8 @@ def test_a_new_prompt_scores_again_in_its_scorer_alone(
     linked: Bench, small: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fuzzing, "VERSION", "another wording")
+    cells = {("score_fuzzing", str(cell)) for cell in linked.study.cells}
+    assert linked.stale() == cells
     linked.run()
     moved = {asset for asset, _ in changed(small, linked)}
     assert "score_fuzzing" in moved
@@ -148,6 +152,12 @@ def test_a_new_prompt_scores_again_in_its_scorer_alone(
     # The same answers: the metrics' inputs have not changed, so nothing below is computed again.
     assert moved == {"score_fuzzing"}
     assert linked.stale() == set()
+
+
+def test_an_edited_parameter_makes_its_stage_stale(linked: Bench) -> None:
+    metrics = {**linked.overrides["metrics"], "interpretable_cut": 0.7}
+    edited = replace(linked, overrides={**linked.overrides, "metrics": metrics})
+    assert {asset for asset, _ in edited.stale()} == {"layer_metrics", "study_metrics"}
 
 
 def test_execution_only_parameters_make_nothing_stale_or_new(
