@@ -71,7 +71,12 @@ def _ours(model: SubjectModel, dataset: TokenDataset, coder: TopKCoder, folder: 
 def _plain(model: SubjectModel, dataset: TokenDataset, coder: TopKCoder) -> Cached:
     hidden: list[torch.Tensor] = []
     hooked = model.base_model.get_submodule(LAYER.hookpoint)
-    handle = hooked.register_forward_hook(lambda _, __, output: hidden.append(output))
+
+    def keep(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+        del module, inputs
+        hidden.append(output)
+
+    handle = hooked.register_forward_hook(keep)
     first = dataset.first_visible
     rows: list[pl.DataFrame] = []
     n_tokens, n_contexts = np.zeros(NUM_LATENTS, np.int64), np.zeros(NUM_LATENTS, np.int64)

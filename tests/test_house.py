@@ -29,11 +29,10 @@ SELF_EXPLANATORY = {
     "models", "corpus", "tokens", "sampling", "scorers", "floors", "metrics", "budget", "subject",
     "explainer", "detection", "fuzzing", "embedding",
     # Tags, and what is documented beside a sister field.
-    "kind", "format", "per", "n_negative_train", "n_negative_select", "train_share",
+    "kind", "format", "n_negative_train", "n_negative_select", "train_share",
     "revision", "dtype", "device", "threads", "batch_size",
     # Well-known names.
-    "seed", "temperature", "max_tokens", "n_tokens", "windows_per_prompt", "top_logprobs",
-    "confidence", "false_discovery_rate",
+    "seed", "temperature", "max_tokens", "n_tokens",
 }  # fmt: skip
 """Parameters that need no sentence. Do not add to it: write the sentence."""
 

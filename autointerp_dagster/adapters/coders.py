@@ -36,13 +36,13 @@ class LoadedCoder:
     """Hash over the tensors and ``cfg.json``; not over paths, so a copy is the same coder."""
 
 
-def discover_hookpoints(config: SparsifyCoderConfig, study_dir: Path = Path()) -> list[str]:
+def discover_hookpoints(config: SparsifyCoderConfig) -> list[str]:
     """The hookpoints that have a coder below the configured folder, in natural order.
 
     Raises:
         CoderError: If the folder does not exist or holds none.
     """
-    root = study_dir / config.path.expanduser()
+    root = config.path.expanduser()
     if not root.is_dir():
         raise CoderError(f"coders {root}: no such folder. Correct the coder's path.")
     found = [path.parent.name for path in root.glob(f"*/{_CONFIG}")]
@@ -54,21 +54,18 @@ def discover_hookpoints(config: SparsifyCoderConfig, study_dir: Path = Path()) -
     return sorted(found, key=_natural)
 
 
-def open_coder(
-    config: SparsifyCoderConfig, hookpoint: str, study_dir: Path = Path()
-) -> LoadedCoder:
+def open_coder(config: SparsifyCoderConfig, hookpoint: str) -> LoadedCoder:
     """Load and check the coder of one hookpoint; its tensors are on the CPU.
 
     Args:
         config: Where the coders are.
         hookpoint: Names the folder.
-        study_dir: Relative paths count from here.
 
     Raises:
         CoderError: If a file is missing or unreadable, the coder is of a kind that is not
             supported, or a tensor is missing, unknown, of the wrong shape or not finite.
     """
-    folder = _folder(config, hookpoint, study_dir)
+    folder = _folder(config, hookpoint)
     content = _read_config(folder / _CONFIG)
     shape = _checked_config(folder / _CONFIG, content)
     _refuse_transcoder_run(folder.parent / "config.json")
@@ -84,7 +81,7 @@ def open_coder(
     return LoadedCoder(coder, _identity(folder, _stamp(folder)))
 
 
-def coder_identity(config: SparsifyCoderConfig, hookpoint: str, study_dir: Path = Path()) -> str:
+def coder_identity(config: SparsifyCoderConfig, hookpoint: str) -> str:
     """The identity that :func:`open_coder` gives, without keeping the coder.
 
     Reads the files once per process, and again after one has changed.
@@ -92,7 +89,7 @@ def coder_identity(config: SparsifyCoderConfig, hookpoint: str, study_dir: Path 
     Raises:
         CoderError: If a file is missing or unreadable; the coder is not checked further.
     """
-    folder = _folder(config, hookpoint, study_dir)
+    folder = _folder(config, hookpoint)
     return _identity(folder, _stamp(folder))
 
 
@@ -157,10 +154,10 @@ class _SparsifyConfig(BaseModel, extra="ignore"):
         return self.num_latents or self.d_in * self.expansion_factor
 
 
-def _folder(config: SparsifyCoderConfig, hookpoint: str, study_dir: Path) -> Path:
-    folder = study_dir / config.path.expanduser() / hookpoint
+def _folder(config: SparsifyCoderConfig, hookpoint: str) -> Path:
+    folder = config.path.expanduser() / hookpoint
     if not (folder / _CONFIG).is_file():
-        known = ", ".join(discover_hookpoints(config, study_dir))
+        known = ", ".join(discover_hookpoints(config))
         raise CoderError(f"{folder}: no {_CONFIG}. Hookpoints with a coder here: {known}.")
     return folder
 

@@ -29,12 +29,11 @@ class Corpus:
         return digest.hexdigest()
 
 
-def open_corpus(config: CorpusConfig, study_dir: Path = Path()) -> Corpus:
+def open_corpus(config: CorpusConfig) -> Corpus:
     """The corpus that a study names; its documents are read when they are asked for.
 
     Args:
         config: Which text.
-        study_dir: Relative paths count from here.
 
     Raises:
         CorpusError: If a path does not exist, or a folder holds no text. While documents are read:
@@ -44,7 +43,7 @@ def open_corpus(config: CorpusConfig, study_dir: Path = Path()) -> Corpus:
         case EmbeddedCorpusConfig():
             return Corpus("English text embedded in PyPI packages", _embedded_documents)
         case TextFilesConfig():
-            root = study_dir / config.path.expanduser()
+            root = config.path.expanduser()
             files = _text_files(root)
             base = root if root.is_dir() else root.parent
             return Corpus(

@@ -1,12 +1,12 @@
 """What a manifest says: what was made, from what, by which run, at what cost."""
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from autointerp_dagster.adapters.hashing import combined_hash
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 """Of manifest files; raised when a reader of the old ones would misread the new."""
 
 
@@ -19,7 +19,11 @@ class _Entry(BaseModel):
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:
-        """The entry that :meth:`to_json` wrote."""
+        """The entry that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: If it is of a format that this version does not read.
+        """
         return cls.model_validate_json(data)
 
 
@@ -47,7 +51,6 @@ class Part(_Entry):
     blob: Blob
     complete: bool = True
     """False if a budget cut it short; such a part is not kept for reuse."""
-    summary: dict[str, Any] = Field(default_factory=dict)
 
 
 class Upstream(_Entry):
@@ -73,7 +76,6 @@ class Provenance(_Entry):
     git_sha: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     """Library name to version."""
-    device: str | None = None
     execution: dict[str, Any] = Field(default_factory=dict)
     """Batch size, threads and other settings that may touch the last bits."""
     usage: dict[str, Any] = Field(default_factory=dict)
@@ -83,7 +85,7 @@ class Provenance(_Entry):
 class Manifest(_Entry):
     """The commit of one cell of one stage."""
 
-    format: int = FORMAT
+    format: Literal[1] = FORMAT
     stage: str
     stage_version: str
     cell: str
@@ -119,11 +121,6 @@ class Manifest(_Entry):
         raise KeyError(
             f"{self.stage} {self.cell}: no blob {name!r}; there are {[b.name for b in self.blobs]}."
         )
-
-    @property
-    def manifest_hash(self) -> str | None:
-        """Name of the stored file; null before the commit."""
-        return None if self.path is None else self.path.rsplit("/", 1)[-1].removesuffix(".json")
 
 
 def content_hash_of(blobs: tuple[Blob, ...], status: str) -> str:

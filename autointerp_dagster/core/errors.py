@@ -27,7 +27,3 @@ class StoreError(AutoInterpError):
 
 class LLMError(AutoInterpError):
     """No language model answers where the study says one does."""
-
-
-class BudgetError(AutoInterpError):
-    """The study's budget does not allow another call."""

@@ -47,14 +47,14 @@ def check_study(study: Study, stages: Collection[str]) -> None:
             )
 
 
-def _models_asked(study: Study, stages: Collection[str]) -> set[LLMConfig]:
-    asked: set[LLMConfig] = set()
+def _models_asked(study: Study, stages: Collection[str]) -> list[LLMConfig]:
+    asked: list[LLMConfig] = []
     explains = any(make_explainer(n, c).asks_a_model for n, c in study.explainers.items())
     if "explanations" in stages and explains:
-        asked.add(study.models.explainer)
+        asked.append(study.models.explainer)
     if {"score_detection", "score_fuzzing"} & set(stages):
-        asked.add(study.models.judge or study.models.explainer)
-    return asked
+        asked.append(study.models.judge or study.models.explainer)
+    return [config for i, config in enumerate(asked) if config not in asked[:i]]
 
 
 async def _check_llm(config: LLMConfig) -> None:

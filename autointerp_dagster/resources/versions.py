@@ -5,6 +5,8 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+CHECKOUT = Path(__file__).resolve().parents[2]
+
 _LIBRARIES = (
     "autointerp_dagster",
     "dagster",
@@ -31,10 +33,12 @@ def library_versions() -> dict[str, str]:
 @functools.cache
 def code_revision() -> str | None:
     """The commit of the checkout that this package runs from; null outside of one."""
+    if not (CHECKOUT / ".git").exists():  # installed: whatever repository lies above is another's
+        return None
     try:
         answer = subprocess.run(
             ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
+            cwd=CHECKOUT,
             capture_output=True,
             text=True,
             timeout=5,

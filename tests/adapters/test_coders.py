@@ -101,12 +101,6 @@ def test_hookpoints_are_found_in_natural_order(tmp_path: Path) -> None:
     assert found == ["embed_tokens", "layers.9", "layers.9.mlp", "layers.10"]
 
 
-def test_relative_paths_count_from_the_study(tiny_sparsify_dir: Path) -> None:
-    config = SparsifyCoderConfig(path=Path(tiny_sparsify_dir.name))
-    found = discover_hookpoints(config, study_dir=tiny_sparsify_dir.parent)
-    assert found == ["layers.0", "layers.1"]
-
-
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -44,10 +44,10 @@ def test_a_jsonl_file_gives_one_document_per_line(tmp_path: Path) -> None:
     ]
 
 
-def test_one_file_is_a_corpus_and_relative_paths_count_from_the_study(tmp_path: Path) -> None:
+def test_one_file_is_a_corpus(tmp_path: Path) -> None:
     write(tmp_path, a_txt="text")
-    config = TextFilesConfig(kind="files", path=Path("a.txt"))
-    corpus = open_corpus(config, study_dir=tmp_path)
+    config = TextFilesConfig(kind="files", path=tmp_path / "a.txt")
+    corpus = open_corpus(config)
     assert [d.doc_id for d in corpus.documents()] == ["a.txt"]
     assert "1 text files" in corpus.description
 

@@ -294,3 +294,23 @@ def test_a_grid_wider_than_the_coder_reaches_the_study_metrics(
     ]
     assert bench.table("study_metrics", "study_metrics").height > 0
     assert bench.stale() == set()
+
+
+def test_a_run_reads_what_its_fingerprints_name_though_a_head_moves_meanwhile(toy: Toy) -> None:
+    toy.run("token_dataset", "activation_cache")
+    first, second = toy.study.cells[:2]
+    named = toy.head("activation_cache", second).path
+    read: list[str | None] = []
+
+    def commit(stage: StageRun, place: Place) -> Commit:
+        if not read:  # another run finishes while this one works on its first cell
+            moved = toy.head("activation_cache", first)
+            stage.store.set_head(toy.name, "activation_cache", str(second), moved)
+        read.append(stage.input("activation_cache", place).path)
+        return Commit([stage.store.put_table(LINES, lines(str(place)))], {})
+
+    toy.commit_of = commit
+    toy.run("latent_records", cells=slice(0, 2))
+    assert read == [toy.head("activation_cache", first).path, named]
+    upstream = {up.asset: up.manifest for up in toy.head("latent_records", second).upstream}
+    assert upstream["activation_cache"] == named

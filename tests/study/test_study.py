@@ -50,9 +50,9 @@ def test_the_last_range_ends_with_the_widest_coder(tmp_path):
     assert [str(r) for r in ranges] == ["0000000-0000039", "0000040-0000079", "0000080-0000099"]
 
 
-def test_judge_and_base_model_are_the_explainer_unless_named(tmp_path):
+def test_the_judge_is_the_explainer_unless_named(tmp_path):
     models = load_study(write(tmp_path)).models
-    assert models.judge == models.base_lm == models.explainer
+    assert models.judge == models.explainer
 
 
 def test_a_hookpoint_is_taken_for_every_coder_and_a_key_for_one(tmp_path):
@@ -133,7 +133,7 @@ def test_a_study_to_extend_that_is_missing_is_placed_where_it_is_named(tmp_path)
 
 def test_an_address_that_may_hold_a_key_is_not_repeated(tmp_path):
     text = MINIMAL.replace("127.0.0.1:1/v1", "host/v1?key=canary")
-    with pytest.raises(StudyError, match="models.explainer.base_url") as caught:
+    with pytest.raises(StudyError, match=r"models\.explainer\.base_url") as caught:
         load_study(write(tmp_path, text))
     assert "canary" not in str(caught.value)
 

@@ -34,6 +34,8 @@ COMMIT_EVERY_S = 0.05
 """At most one fsync in this time."""
 SEAL_AFTER = 2048
 """Calls in the log before it is sealed by itself."""
+SEAL_EVERY_S = 10.0
+"""Likewise seconds, if the store is remote: a lost machine loses no more than that."""
 BLOCKS_IN_MEMORY = 16
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,7 @@ class Journal:
                 "got none. Pass wal_dir."
             )
         self._root = root
+        self._is_remote = not is_local(root)
         if wal_dir is None:
             self._wal_folder = Path(root.path) / "journal-wal"
         else:
@@ -177,15 +180,21 @@ class Journal:
 
     def _commit_forever(self) -> None:
         me = threading.current_thread()
+        sealed = time.monotonic()
         while True:
             with self._work:
-                self._work.wait_for(lambda: self._queue or self._committer is not me)
+                self._work.wait_for(
+                    lambda: self._queue or self._committer is not me,
+                    timeout=SEAL_EVERY_S if self._is_remote else None,
+                )
                 if self._committer is not me:
                     return
             started = time.monotonic()
             self._commit()
-            if self._n_unsealed() >= SEAL_AFTER:
+            is_due = self._is_remote and started - sealed >= SEAL_EVERY_S
+            if self._n_unsealed() >= (1 if is_due else SEAL_AFTER):
                 self._seal_if_possible()
+                sealed = time.monotonic()
             time.sleep(max(0.0, COMMIT_EVERY_S - (time.monotonic() - started)))
 
     def _n_unsealed(self) -> int:

@@ -57,8 +57,11 @@ class OpenAIBackend:
             )
         self._config = config
         self._url = config.base_url.rstrip("/")
-        freely = "" if config.structured_outputs else "|unstructured"
-        self.identity = f"{config.alias or self._url}|{config.model}{freely}"
+        self.identity = f"{config.alias or self._url}|{config.model}"
+        if not config.structured_outputs:
+            self.identity += "|unstructured"
+        if config.extra_body:
+            self.identity += f"|{json.dumps(config.extra_body, sort_keys=True)}"
         self.max_in_flight = config.max_in_flight
         self._lacks: set[str] = set() if config.structured_outputs else {"response_format"}
         self._client: openai.AsyncOpenAI | None = None
@@ -137,7 +140,9 @@ class OpenAIBackend:
 
     async def _send(self, body: dict[str, Any]) -> bytes:
         # The raw response: servers deviate from the official models, and parsing them costs time.
-        raw = await self._connected().chat.completions.with_raw_response.create(**body)
+        raw = await self._connected().chat.completions.with_raw_response.create(
+            **body, extra_body=self._config.extra_body
+        )
         return raw.http_response.content
 
     def _connected(self) -> openai.AsyncOpenAI:

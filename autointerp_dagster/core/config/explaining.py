@@ -13,6 +13,7 @@ class LatentSample(Parameters, frozen=True):
     sample: int = Field(ge=1)
     """Latents per layer."""
     per: Literal["layer"] = "layer"
+    """Each layer has a sample of its own."""
     by: Literal["random", "firing_rate"] = "random"
     """``random``: all latents alike; ``firing_rate``: equally many from each quarter of the
     latents that fire at least once, ordered by firing tokens."""
@@ -39,6 +40,7 @@ class TopTokensExplainerConfig(Parameters, frozen=True):
 
     kind: Literal["top_tokens"]
     n_tokens: int = Field(default=8, ge=1, le=8)
+    """Tokens named in the explanation."""
 
 
 class DefaultExplainerConfig(Parameters, frozen=True):

@@ -65,6 +65,9 @@ class RemoteLLMConfig(Parameters, frozen=True):
     """Seconds to wait for one answer before it is asked for again."""
     structured_outputs: bool = True
     """Ask for a JSON schema; switched off by itself where the server refuses it."""
+    extra_body: dict[str, Any] = Field(default_factory=dict)
+    """Sent along with every request, e.g. ``{chat_template_kwargs: {enable_thinking: false}}``:
+    a model that thinks aloud would use up the few tokens that an answer gets."""
     usd_per_1m_prompt: float = Field(default=0.0, ge=0)
     """Price of a million prompt tokens."""
     usd_per_1m_completion: float = Field(default=0.0, ge=0)
@@ -116,8 +119,6 @@ class ModelsConfig(Parameters, frozen=True):
     explainer: LLMConfig
     judge: LLMConfig | None = None
     """Null: the explainer judges too."""
-    base_lm: LLMConfig | None = None
-    """Null: the explainer. Used by surprisal and intervention."""
     embedder: EmbedderConfig | None = None
     """Needed by the embedding scorer."""
 
@@ -125,6 +126,4 @@ class ModelsConfig(Parameters, frozen=True):
     def _default_to_explainer(self) -> "ModelsConfig":
         if self.judge is None:
             object.__setattr__(self, "judge", self.explainer)
-        if self.base_lm is None:
-            object.__setattr__(self, "base_lm", self.explainer)
         return self

@@ -11,10 +11,11 @@ class DetectionConfig(Parameters, frozen=True):
     """The judge says which plain windows contain the feature described."""
 
     windows_per_prompt: int = Field(default=5, ge=1)
+    """Windows that the judge labels in one answer; fewer cost more and err less together."""
     n_examples: int | None = Field(default=None, ge=1)
     """Windows of each class per latent; null: all the test windows of the record."""
     top_logprobs: int = Field(default=10, ge=0, le=20)
-    """0 asks for no log-probabilities."""
+    """Candidates per token to ask log-probabilities of; 0: none, and then no AUROC."""
     seed: int = 0
     """Part of the address of the order in which windows are shown."""
 
@@ -69,9 +70,11 @@ class MetricsConfig(Parameters, frozen=True):
     """How verdicts become numbers."""
 
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    """Of every interval."""
     interpretable_cut: float = Field(default=0.6, gt=0, lt=1)
     """A latent is called interpretable if its one-sided lower bound is above this."""
     false_discovery_rate: float = Field(default=0.05, gt=0, lt=1)
+    """Of the latents called interpretable, within a layer, explainer and scorer."""
     n_bootstrap: int = Field(default=2000, ge=100)
     """Resamples of latents behind an interval over a layer."""
     seed: int = 0
