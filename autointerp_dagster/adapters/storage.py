@@ -11,6 +11,7 @@ manifest keeps its blobs and its upstream manifests when newer runs move the hea
 
 import hashlib
 import io
+import logging
 import os
 import uuid
 from collections.abc import Mapping
@@ -31,6 +32,8 @@ from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.schemas import Table
 
 _ROW_GROUP = 131_072
+
+_logger = logging.getLogger(__name__)
 
 
 class Store:
@@ -104,7 +107,8 @@ class Store:
         """Reads the manifest at a path relative to the root.
 
         Raises:
-            StoreError: If it is missing, or was changed after it was written.
+            StoreError: If it is missing, was changed after it was written, or has a format that
+                this version does not read.
         """
         data = self._read(path)
         if hashlib.sha256(data).hexdigest()[:32] != Path(path).stem:
@@ -112,22 +116,25 @@ class Store:
                 f"{self.root}/{path}: the content does not match the manifest's name. It was "
                 "changed or damaged; delete it and materialize the cell again."
             )
-        return Manifest.from_json(data).stored_at(path)
+        try:
+            return Manifest.from_json(data).stored_at(path)
+        except ValueError as error:
+            raise StoreError(
+                f"{self.root}/{path}: a manifest of another version of this package: {error}. "
+                "Use that version, or materialize the cell again."
+            ) from error
 
     def find(self, stage: str, input_fingerprint: str) -> Manifest | None:
         """The newest complete manifest of any study with these inputs, or null.
 
-        One whose blobs are not all there counts as absent, so a damaged blob that was deleted is
-        made again.
+        One that cannot be read, or whose blobs are not all there, counts as absent: what was
+        damaged and deleted is made again.
         """
         folder = self.root / stage / input_fingerprint
         if not folder.is_dir():
             return None
-        found = [
-            self.manifest(f"{stage}/{input_fingerprint}/{path.name}")
-            for path in folder.iterdir()
-            if path.suffix == ".json"
-        ]
+        paths = [f"{stage}/{input_fingerprint}/{path.name}" for path in folder.glob("*.json")]
+        found = [manifest for path in paths if (manifest := self._readable(path)) is not None]
         complete = [m for m in found if m.complete and all(self._has(blob) for blob in m.blobs)]
         return max(complete, key=lambda m: (m.provenance.finished, m.path or ""), default=None)
 
@@ -136,11 +143,18 @@ class Store:
         self._write(f"parts/{stage}/{part.fingerprint}.json", part.to_json())
 
     def find_part(self, stage: str, fingerprint: str) -> Part | None:
-        """The finished piece with these inputs, or null; one without its blob counts as absent."""
+        """The finished piece with these inputs, or null.
+
+        One that cannot be read, or that lacks its blob, counts as absent.
+        """
         path = f"parts/{stage}/{fingerprint}.json"
         if not (self.root / path).exists():
             return None
-        part = Part.from_json(self._read(path))
+        try:
+            part = Part.from_json(self._read(path))
+        except ValueError as error:
+            _logger.warning("%s/%s: cannot be read, made again: %s", self.root, path, error)
+            return None
         return part if self._has(part.blob) else None
 
     def set_head(self, study: str, asset: str, cell: str, manifest: Manifest) -> None:
@@ -155,6 +169,13 @@ class Store:
         if not (self.root / path).exists():
             return None
         return self.manifest(self._read(path).decode().strip())
+
+    def _readable(self, path: str) -> Manifest | None:
+        try:
+            return self.manifest(path)
+        except StoreError as error:
+            _logger.warning("taken as absent: %s", error)
+            return None
 
     def _has(self, blob: Blob) -> bool:
         return (self.root / blob.path).exists()

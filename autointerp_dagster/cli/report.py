@@ -57,7 +57,7 @@ def _layer_table(
     table = Table(title=f"{layer}: value / floor, below it the 95 % interval", expand=True)
     table.add_column("latent, explainer\nexplanation", ratio=1, no_wrap=True, overflow="ellipsis")
     for scorer in study.scorers.asked:
-        metric = HEADLINE[scorer].removeprefix("balanced_")
+        metric = HEADLINE[scorer].replace("balanced_", "bal.")
         table.add_column(f"{scorer}\n{metric}", no_wrap=True, min_width=12)
     last = None
     for row in explained.filter(pl.col("selected")).sort(_KEY).iter_rows(named=True):

@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import subprocess
 import sys
 
@@ -128,6 +129,23 @@ def test_what_lost_a_blob_counts_as_never_made(store):
     (store.root / blob.path).unlink()
     assert store.find("activation_cache", "f") is None
     assert store.find_part("explanations", "abc") is None
+
+
+def test_what_another_version_wrote_counts_as_never_made_and_is_named_when_read(tmp_path):
+    store = Store(tmp_path)
+    blob = store.put_table(ACTIVATIONS, rows())
+    store.put_part("explanations", Part(name="default", fingerprint="abc", blob=blob))
+    part = tmp_path / "parts" / "explanations" / "abc.json"
+    part.write_text(part.read_text().replace('"name": "default"', '"name": "x", "new": 1', 1))
+    assert store.find_part("explanations", "abc") is None
+    text = (tmp_path / manifest(store).path).read_text().replace('"format": 1', '"format": 2')
+    name = hashlib.sha256(text.encode()).hexdigest()[:32]
+    path = f"activation_cache/other/{name}.json"
+    (tmp_path / "activation_cache" / "other").mkdir()
+    (tmp_path / path).write_text(text)
+    assert store.find("activation_cache", "other") is None
+    with pytest.raises(StoreError, match="another version of this package"):
+        store.manifest(path)
 
 
 def test_a_full_disk_leaves_nothing_that_is_read(tmp_path, monkeypatch):

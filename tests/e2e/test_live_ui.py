@@ -16,8 +16,6 @@ from planted import write_study
 
 from autointerp_dagster.study import load_study
 
-pytestmark = pytest.mark.slow
-
 STARTING_S, RUNNING_S = 120, 240
 
 LAUNCH = """

@@ -24,9 +24,11 @@ class FuzzingConfig(Parameters, frozen=True):
     """The judge says in which windows every marked token is an instance of the explanation."""
 
     windows_per_prompt: int = Field(default=5, ge=1)
+    """As in detection."""
     n_examples: int | None = Field(default=None, ge=1)
     """As in detection."""
     top_logprobs: int = Field(default=10, ge=0, le=20)
+    """As in detection."""
     variants: tuple[Literal["active"], ...] = ()
     """Further false markings; ``active``: activating windows marked on silent tokens."""
     seed: int = 0
