@@ -34,7 +34,7 @@ ui: $(READY)  ## Dagster's UI at http://127.0.0.1:3000; Ctrl-C stops it.
 check: $(READY)  ## Format, lint, types, import contracts, definitions, wheel: what CI checks.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/write_data_docs.py --check
 	$(BIN)/dagster definitions validate -w workspace.yaml

@@ -46,7 +46,7 @@ def decode_labels(
     steps: list[tuple[int, ...]] = [prompt.ids[prefix_len:] for prompt in prompts]
     for place in range(max(n_labels)):
         candidates = form.first if place == 0 else form.later
-        logprobs = torch.log_softmax(model.logits(batch, steps), dim=-1)
+        logprobs = torch.log_softmax(model.fine_logits(batch, steps), dim=-1)
         steps = [()] * len(prompts)
         for row, n in enumerate(n_labels):
             if place < n:

@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from autointerp_dagster.core.config.models import Device, DType
 from autointerp_dagster.core.errors import ModelError
 
-DECODING_VERSION = "1"
+HEAD_BLOCK = 8192
+"""Rows of the output head that are turned into fp32 at a time."""
+DECODING_VERSION = "2"
 """Changes when the same weights would answer differently: part of the identity."""
 KEPT_PREFIXES = 4
 """Few-shot prefixes whose cache is kept between units."""
@@ -91,8 +94,26 @@ class ChatModel:
         return out.last_hidden_state[rows, last.to(self.device)]
 
     def logits(self, batch: "Batch", steps: Sequence[Sequence[int]]) -> Float[Tensor, "row token"]:
-        """What follows each row after ``steps``, in fp32 on the CPU; see :meth:`hidden`."""
-        logits = self.head(self.hidden(batch, steps)).float().cpu()
+        """What follows each row after ``steps``, as fp32 on the CPU; see :meth:`hidden`."""
+        return self._capped(self.head(self.hidden(batch, steps)))
+
+    def fine_logits(
+        self, batch: "Batch", steps: Sequence[Sequence[int]]
+    ) -> Float[Tensor, "row token"]:
+        """:meth:`logits` with the head computed in fp32.
+
+        A bf16 logit of 20 has steps of 0.125, so labels' probabilities would come in a handful of
+        values and tie; they are what a scorer ranks windows by.
+        """
+        hidden = self.hidden(batch, steps).float()
+        # In blocks, because a whole fp32 head may not fit beside the model.
+        blocks = self.head.weight.split(HEAD_BLOCK)
+        logits = torch.cat([functional.linear(hidden, block.float()) for block in blocks], dim=-1)
+        bias = getattr(self.head, "bias", None)
+        return self._capped(logits if bias is None else logits + bias.float())
+
+    def _capped(self, logits: Float[Tensor, "row token"]) -> Float[Tensor, "row token"]:
+        logits = logits.float().cpu()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 

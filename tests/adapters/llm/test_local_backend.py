@@ -7,6 +7,7 @@ import torch
 from llm_requests import BLOCK
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicCache
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 from upath import UPath
 
@@ -15,7 +16,7 @@ from autointerp_dagster.adapters.llm.factory import open_llm
 from autointerp_dagster.adapters.llm.journal import Journal
 from autointerp_dagster.adapters.llm.local_backend import LocalBackend, batches_of
 from autointerp_dagster.adapters.llm.local_decoding import Line
-from autointerp_dagster.adapters.llm.local_model import fork, load_chat_model
+from autointerp_dagster.adapters.llm.local_model import Batch, fork, load_chat_model
 from autointerp_dagster.adapters.llm.local_prompts import Prompt, common_len, label_form
 from autointerp_dagster.core.config.models import LocalLLMConfig
 from autointerp_dagster.core.errors import ModelError
@@ -343,3 +344,14 @@ def test_smollm2_labels_in_bf16_hardly_depend_on_the_batch(tmp_path):
         alone = [next(llm.answer([request]))[1] for request in unit_of("animals", 6)]
     for one, other in zip(together, alone, strict=True):
         assert logprobs(one) == pytest.approx(logprobs(other), abs=0.3)
+
+
+def test_labels_of_a_bf16_model_have_fine_probabilities(model_dir):
+    """The head's product is made in fp32: logits are not multiples of a bf16 step."""
+    model = load_chat_model(model_dir, "bfloat16", "cpu")
+    kept = model.extended(DynamicCache(), [1, 2, 3])
+    fine = model.fine_logits(Batch(kept, 2), [(4, 5), (6, 7)])
+    coarse = model.logits(Batch(kept, 2), [(4, 5), (6, 7)])
+    assert torch.allclose(fine, coarse, rtol=0.02, atol=0.02)
+    assert torch.equal(coarse, coarse.bfloat16().float())
+    assert not torch.equal(fine, fine.bfloat16().float())
