@@ -1,0 +1,19 @@
+import re
+from pathlib import Path
+
+from autointerp_dagster.study import load_study
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_the_study_that_the_readme_shows_is_valid(tmp_path):
+    (shown,) = re.findall(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)
+    (tmp_path / "shown.yaml").write_text(shown)
+    study = load_study(tmp_path / "shown.yaml")
+    assert study.models.judge != study.models.explainer
+
+
+def test_every_file_that_the_readme_links_to_exists():
+    links = re.findall(r"\]\((?!http)([^)]+)\)", README.read_text())
+    assert links
+    assert [link for link in links if not (README.parent / link).exists()] == []
