@@ -7,7 +7,6 @@ from pathlib import Path
 import dagster as dg
 import polars as pl
 
-from autointerp_dagster.adapters.coders import check_fits
 from autointerp_dagster.adapters.datasets import read_dataset
 from autointerp_dagster.adapters.spool import CachedLayers, cache_layers
 from autointerp_dagster.adapters.subject_models import SubjectModel
@@ -18,6 +17,7 @@ from autointerp_dagster.partitions import stage_asset
 from autointerp_dagster.resources.coders import Coders
 from autointerp_dagster.resources.models import SubjectModels
 from autointerp_dagster.resources.plots import histogram
+from autointerp_dagster.resources.preflight import check_study, stages_of_run
 from autointerp_dagster.resources.progress import ProgressDisplay
 from autointerp_dagster.resources.store import OUTSIDE_CODER, Commit, StageRun, StoreResource
 from autointerp_dagster.study import Study
@@ -42,8 +42,8 @@ def build_activation_cache(study: Study) -> dg.AssetsDefinition:
         with store.stage(context, study, "activation_cache", external=external) as stage:
             layers = sorted({cell.layer for cell in stage.pending_cells()})
             loaded = {layer: coders.of(study, layer) for layer in layers}
-            for layer, coder in loaded.items():
-                check_fits(coder, model, layer, study.max_num_latents)
+            if layers:  # what comes next is dear: what would fail after it had better fail now
+                check_study(study, stages_of_run(context, study))
             # Encoding is paid for whole layers, so every range of them is committed.
             cells = stage.pending_cells([cell for cell in study.cells if cell.layer in loaded])
             if cells:

@@ -3,6 +3,8 @@
 import asyncio
 from collections.abc import Collection
 
+import dagster as dg
+
 from autointerp_dagster.adapters.coders import check_fits
 from autointerp_dagster.adapters.llm import open_backend
 from autointerp_dagster.core.config import LLMConfig
@@ -13,6 +15,15 @@ from autointerp_dagster.resources.corpora import Corpora
 from autointerp_dagster.resources.embedders import Embedders
 from autointerp_dagster.resources.models import SubjectModels
 from autointerp_dagster.study import Study
+from autointerp_dagster.study.stages import STAGES
+
+
+def stages_of_run(context: dg.AssetExecutionContext, study: Study) -> set[str]:
+    """Names of the stages that the whole run of a step is to materialize."""
+    if context.run.asset_selection:
+        return {key.path[-1] for key in context.run.asset_selection}
+    steps = context.run.step_keys_to_execute  # a run from a script names its steps instead
+    return {name for name in STAGES if steps is None or f"{study.name}__{name}" in steps}
 
 
 def check_study(study: Study, stages: Collection[str]) -> None:
