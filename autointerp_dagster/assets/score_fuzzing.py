@@ -1,18 +1,15 @@
 """A judge says in which windows every marked token fits the explanation."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import dagster as dg
 
-from autointerp_dagster.core.config import FuzzingConfig
-from autointerp_dagster.core.scorers import Job, Verdict, fuzzing, judge
-from autointerp_dagster.core.types import Cell
 from autointerp_dagster.partitions import stage_asset
 from autointerp_dagster.resources.coders import Coders
-from autointerp_dagster.resources.llms import LLMs, paid
+from autointerp_dagster.resources.judging import score_by_labels
+from autointerp_dagster.resources.llms import LLMs
 from autointerp_dagster.resources.models import SubjectModels
 from autointerp_dagster.resources.progress import ProgressDisplay
-from autointerp_dagster.resources.scoring import Scoring
 from autointerp_dagster.resources.store import StoreResource
 from autointerp_dagster.study import Study
 
@@ -29,19 +26,6 @@ def build_score_fuzzing(study: Study) -> dg.AssetsDefinition:
         llms: LLMs,
         progress: ProgressDisplay,
     ) -> Iterator[dg.MaterializeResult]:
-        config = study.scorers.fuzzing or FuzzingConfig()
-        detokenizer = models.of(study).detokenizer
-        with llms.judge(context, study, store.of(study)) as llm:
-
-            def verdicts(cell: Cell, jobs: Iterable[Job]) -> Iterator[Verdict]:
-                block_of = coders.block_of(study, cell.layer, "score_fuzzing")
-                return judge(fuzzing, jobs, config, detokenizer, llm, block_of)
-
-            asked = {"judge": llm.identity}
-            with store.stage(context, study, "score_fuzzing", models=asked) as stage:
-                Scoring(
-                    stage, study, verdicts, progress.on(context), lambda: paid(llm)
-                ).commit_cells()
-                yield from stage.report()
+        yield from score_by_labels("fuzzing", study, context, store, models, coders, llms, progress)
 
     return score_fuzzing

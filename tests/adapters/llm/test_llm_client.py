@@ -436,3 +436,11 @@ def test_a_journal_that_cannot_be_written_ends_the_run(tmp_path):
         pytest.raises(StoreError, match="cannot be written"),
     ):
         list(llm.answer(questions(3)))
+
+
+def test_whatever_else_decides_an_answer_is_in_the_models_identity():
+    url = "http://host/v1"
+    asked = [{}, {"structured_outputs": False}, {"extra_body": {"a": 1}}, {"alias": "ours"}]
+    assert len({OpenAIBackend(remote(url, **more)).identity for more in asked}) == len(asked)
+    faster = OpenAIBackend(remote(url, max_in_flight=2, timeout_s=1))
+    assert faster.identity == OpenAIBackend(remote(url)).identity
