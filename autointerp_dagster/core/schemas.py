@@ -31,15 +31,26 @@ ExplanationReason = Literal[
     "too_long",
     "call_failed",
     "budget",
+    "deadline",
+    "not_recorded",
     "no_train_windows",
 ]
 """Why there is no text. The first three come from the latent's record."""
 
 VerdictStatus = Literal["ok", "failed"]
-VerdictReason = Literal["unparsable", "refused", "too_long", "call_failed", "budget", "no_vector"]
-"""``call_failed`` and ``budget`` lie with the run and are tried again by the next; the others are
-answers. ``too_long``: the prompt does not fit the model; ``no_vector``: an embedding of length
-zero or not finite."""
+VerdictReason = Literal[
+    "unparsable", "refused", "too_long", "no_vector",
+    "call_failed", "budget", "deadline", "not_recorded",
+]  # fmt: skip
+"""The first four are answers. ``too_long``: the prompt does not fit the model; ``no_vector``: an
+embedding of length zero or not finite. The others lie with the run and are tried again by the next;
+``not_recorded``: a replay found no such call in the journal."""
+
+UNASKED: tuple[VerdictReason, ...] = ("budget", "deadline", "not_recorded")
+"""Reasons of a row whose question was never sent."""
+
+UNDONE: tuple[VerdictReason, ...] = (*UNASKED, "call_failed")
+"""Reasons that lie with the run, not with the answer: such a cell is never taken as done."""
 
 Subject = Literal["own", "other", "random"]
 """Whose explanation was scored: the latent's own, another latent's (a floor), a random coder's."""
@@ -48,11 +59,12 @@ MAIN_VARIANT = "all"
 """The variant of a scorer's ordinary verdicts, and of the metrics over all of them."""
 
 MetricStatus = Literal[
-    "ok", "not_run", "no_explanation", "too_few", "no_donor", "missing_class", "failed", "budget",
+    "ok", "not_run", "no_explanation", "too_few", "no_donor", "missing_class", "failed", "unasked",
     "no_score", "undefined",
 ]  # fmt: skip
-"""Why a metric has no value, or ``ok``. ``no_score``: the scorer did not rank the windows (a judge
-without log-probabilities); ``undefined``: 0 / 0, e.g. precision if nothing is called activating."""
+"""Why a metric has no value, or ``ok``. ``unasked``: a budget or deadline came first; ``no_score``:
+the scorer did not rank the windows (a judge without log-probabilities); ``undefined``: 0 / 0, e.g.
+precision if nothing is called activating."""
 
 
 @dataclass(frozen=True)

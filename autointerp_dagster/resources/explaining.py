@@ -11,12 +11,12 @@ from autointerp_dagster.adapters.manifests import Part
 from autointerp_dagster.core.explainers import Explainer, explain, explanations_frame
 from autointerp_dagster.core.llm import LLM
 from autointerp_dagster.core.sampling import donors_of, floor_latents, select_latents
-from autointerp_dagster.core.schemas import DONORS, EXPLANATIONS, FIRING_COUNTS, SELECTION
+from autointerp_dagster.core.schemas import DONORS, EXPLANATIONS, FIRING_COUNTS, SELECTION, UNDONE
 from autointerp_dagster.core.tokens import Detokenizer
 from autointerp_dagster.core.types import Cell, Progress, WholeStudy
 from autointerp_dagster.resources.coders import Coders
 from autointerp_dagster.resources.plots import preview
-from autointerp_dagster.resources.scoring import UNASKED, read_records, spent
+from autointerp_dagster.resources.scoring import read_records, spent
 from autointerp_dagster.resources.store import Commit, StageRun
 from autointerp_dagster.study import Study
 
@@ -101,7 +101,7 @@ class Explaining:
         frame = explanations_frame(explain(explainer, shown, self.detokenizer, self.llm, block_of))
         name = f"{EXPLANATIONS.name}/{explainer.name}"
         blob = self.stage.store.put_table(EXPLANATIONS, frame, name=name)
-        complete = frame.filter(pl.col("reason").is_in(UNASKED)).is_empty()
+        complete = frame.filter(pl.col("reason").is_in(UNDONE)).is_empty()
         return Part(name=explainer.name, fingerprint="", blob=blob, complete=complete)
 
 

@@ -15,6 +15,7 @@ from autointerp_dagster.core.schemas import (
     EXPLANATIONS,
     LATENTS,
     SELECTION,
+    UNDONE,
     VERDICTS,
     WINDOWS,
 )
@@ -23,9 +24,6 @@ from autointerp_dagster.core.types import Cell, LatentId, Progress, WholeStudy
 from autointerp_dagster.resources.plots import preview
 from autointerp_dagster.resources.store import Commit, StageRun
 from autointerp_dagster.study import Study
-
-UNASKED = ("budget", "call_failed")
-"""Reasons that lie with the run, not with the answer: such a cell is never taken as done."""
 
 VerdictsOf = Callable[[Cell, Iterable[Job]], Iterator[Verdict]]
 """How one scorer turns jobs of a cell into verdicts."""
@@ -94,7 +92,7 @@ class Scoring:
         )
         frame = verdicts_frame(self.verdicts_of(cell, shown))
         blob = store.put_table(VERDICTS, frame, name=f"{VERDICTS.name}/{explainer}")
-        complete = frame.filter(pl.col("reason").is_in(UNASKED)).is_empty()
+        complete = frame.filter(pl.col("reason").is_in(UNDONE)).is_empty()
         return Part(name=explainer, fingerprint="", blob=blob, complete=complete)
 
 

@@ -27,15 +27,21 @@ MAX_KEYS = 99
 
 
 class BudgetConfig(Parameters, frozen=True):
-    """What one run may spend on remote language models; null: no limit.
+    """What may be spent on remote language models; null: no limit.
 
-    Checked before each call; calls under way when it is reached still count.
+    Checked before each call, which is not made if it could exceed the limit.
     """
 
     usd: float | None = Field(default=None, ge=0)
-    """Needs the prices of every remote model."""
+    """Of one run. Needs the prices of every remote model."""
     tokens: int | None = Field(default=None, ge=0)
-    """Prompt and completion tokens together."""
+    """Of one run, prompt and completion tokens together."""
+    study_usd: float | None = Field(default=None, ge=0)
+    """Of all runs of the study together."""
+    study_tokens: int | None = Field(default=None, ge=0)
+    """Of all runs of the study together."""
+    hours: float | None = Field(default=None, gt=0)
+    """How long one asset may go on asking; then it stops cleanly, as for a budget."""
 
 
 class Study(Parameters, frozen=True):
@@ -124,11 +130,13 @@ class Study(Parameters, frozen=True):
     @model_validator(mode="after")
     def _check_prices(self) -> "Study":
         models = {"explainer": self.models.explainer, "judge": self.models.judge}
+        limits = ("usd", "study_usd")
+        limit = next((n for n in limits if getattr(self.budget, n) is not None), None)
         for part, config in models.items():
             is_free = isinstance(config, RemoteLLMConfig) and not config.has_price
-            if self.budget.usd is not None and is_free:
+            if limit is not None and is_free:
                 raise ValueError(
-                    f"budget.usd: models.{part} has no price, so the budget could never be "
+                    f"budget.{limit}: models.{part} has no price, so the budget could never be "
                     "reached. Add usd_per_1m_prompt and usd_per_1m_completion, or use "
                     "budget.tokens."
                 )

@@ -113,7 +113,9 @@ def test_an_unparsable_answer_is_a_failed_row_and_never_a_text(text):
     assert row.call_id == "call-1"
 
 
-@pytest.mark.parametrize("reason", ["unparsable", "refused", "call_failed", "budget"])
+@pytest.mark.parametrize(
+    "reason", ["unparsable", "refused", "call_failed", "budget", "deadline", "not_recorded"]
+)
 def test_a_failed_call_is_a_failed_row_with_its_reason_even_if_there_is_a_text(reason):
     for text in (None, "[EXPLANATION]: cats"):
         row = explained(answered(text, reason=reason))

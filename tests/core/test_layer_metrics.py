@@ -54,10 +54,10 @@ def test_latents_without_a_value_are_counted_not_averaged() -> None:
 
 
 def test_a_layer_without_any_value_has_the_commonest_reason() -> None:
-    rows = [make_metric(i, None, status=s) for i, s in enumerate(["failed", "budget", "budget"])]
+    rows = [make_metric(i, None, status=s) for i, s in enumerate(["failed", "unasked", "unasked"])]
     found = row(summarise(rows), "median")
     assert (found["value"], found["lo"], found["n"], found["n_failed"], found["status"]) == (
-        None, None, 0, 3, "budget",
+        None, None, 0, 3, "unasked",
     )  # fmt: skip
 
 

@@ -8,11 +8,11 @@ of the format, and a repeat that quotes the fault. Nothing here draws lots that 
 import asyncio
 import logging
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 from autointerp_dagster.adapters.llm.backend import Backend, CallError, Reply
 from autointerp_dagster.adapters.llm.journal import Entry, Journal
@@ -25,6 +25,12 @@ MAX_REPEATS = 3
 """How often a question is asked again after an answer in the wrong format."""
 
 Answered = tuple[Request, Completion]
+
+Mode = Literal["record", "replay"]
+"""``record``: what the journal lacks is asked and kept; ``replay``: nothing is ever sent."""
+
+OnMissing = Callable[[Request, str], None]
+"""Told, in replay, of each call that the journal lacks, with its id."""
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +152,8 @@ class JournaledLLM:
         budget_usd: float | None = None,
         budget_tokens: int | None = None,
         backoff: Backoff | None = None,
+        mode: Mode = "record",
+        on_missing: OnMissing | None = None,
     ) -> None:
         """Put a journal and a budget in front of ``backend``.
 
@@ -156,7 +164,11 @@ class JournaledLLM:
             budget_usd: Stop calling once this much was spent. Calls then under way still count.
             budget_tokens: Likewise, prompt and completion tokens together.
             backoff: Waits between tries.
+            mode: In ``replay`` a call that the journal lacks has reason ``not_recorded``.
+            on_missing: Told of each of these; called from the background thread.
         """
+        self._mode = mode
+        self._on_missing = on_missing
         self.identity = backend.identity
         self._backend = backend
         self._journal = journal
@@ -260,6 +272,11 @@ class JournaledLLM:
         return calls if is_owner else [call.seen_again() for call in calls]
 
     async def _fly(self, distinct: dict[str, Request]) -> list[_Call]:
+        if self._mode == "replay":
+            for call_id, request in distinct.items():
+                if self._on_missing is not None:
+                    self._on_missing(request, call_id)
+            return [_Call(call_id, None, "not_recorded", False) for call_id in distinct]
         async with self._slots:
             if self._is_exhausted():
                 return [_Call(call_id, None, "budget", False) for call_id in distinct]

@@ -50,6 +50,8 @@ class OpenAIBackend:
         Raises:
             LLMError: If ``base_url`` carries credentials.
         """
+        if config.base_url is None:
+            raise LLMError("models: serve: the server was not started. Open the model in a run.")
         if "@" in config.base_url.split("://", maxsplit=1)[1].split("/", maxsplit=1)[0]:
             raise LLMError(
                 "base_url: got credentials before the host, wanted an address only. "
@@ -57,7 +59,7 @@ class OpenAIBackend:
             )
         self._config = config
         self._url = config.base_url.rstrip("/")
-        self.identity = f"{config.alias or self._url}|{config.model}"
+        self.identity = f"{config.endpoint}|{config.model}"
         if not config.structured_outputs:
             self.identity += "|unstructured"
         if config.extra_body:

@@ -44,23 +44,38 @@ class LocalLLMConfig(Parameters, frozen=True):
 
 
 class RemoteLLMConfig(Parameters, frozen=True):
-    """A chat model behind an OpenAI-compatible server (vLLM, llama.cpp, OpenRouter, OpenAI)."""
+    """A model behind an OpenAI-compatible server (vLLM, SGLang, llama.cpp, OpenRouter, OpenAI)."""
 
     execution_only: ClassVar[frozenset[str]] = frozenset(
-        {"api_key_env", "max_in_flight", "timeout_s", "usd_per_1m_prompt", "usd_per_1m_completion"}
+        {
+            "api_key_env",
+            "max_in_flight",
+            "timeout_s",
+            "serve_timeout_s",
+            "tokenizer",
+            "usd_per_1m_prompt",
+            "usd_per_1m_cached",
+            "usd_per_1m_completion",
+        }
     )
 
-    base_url: str = Field(pattern=r"^https?://[^?#]+$")
+    base_url: str | None = Field(default=None, pattern=r"^https?://[^?#]+$")
     """Up to and including ``/v1``, e.g. ``http://127.0.0.1:8000/v1``; no secrets in it."""
+    serve: str | None = None
+    """Instead of ``base_url``: a command that serves the model on 127.0.0.1, with ``{port}`` where
+    the port goes, e.g. ``vllm serve Qwen/Qwen3-32B --port {port}``. It is started by the first
+    call of a run and ended with the run. No shell reads it; no secrets in it."""
+    serve_timeout_s: float = Field(default=1800.0, gt=0)
+    """Seconds until a started server must answer."""
     model: str
     """The name that the server knows the model by."""
     alias: str | None = None
-    """The endpoint's name in identities; null: ``base_url``. With an alias the server may move
-    without making its answers strangers to the journal."""
+    """The endpoint's name in identities; null: ``base_url`` or ``serve``. With an alias the server
+    may move without making its answers strangers to the journal."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the key; the key itself is never written."""
-    max_in_flight: int = Field(default=32, ge=1)
-    """Requests under way at once."""
+    max_in_flight: int = Field(default=64, ge=1)
+    """Requests under way at most; fewer while the server is overloaded."""
     timeout_s: float = Field(default=120.0, gt=0)
     """Seconds to wait for one answer before it is asked for again."""
     structured_outputs: bool = True
@@ -68,32 +83,72 @@ class RemoteLLMConfig(Parameters, frozen=True):
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Sent along with every request, e.g. ``{chat_template_kwargs: {enable_thinking: false}}``:
     a model that thinks aloud would use up the few tokens that an answer gets."""
+    tokenizer: str | None = None
+    """Folder or hub name of the model's tokenizer, for exact estimates before anything is paid;
+    null: an estimate from the length of the text."""
     usd_per_1m_prompt: float = Field(default=0.0, ge=0)
     """Price of a million prompt tokens."""
+    usd_per_1m_cached: float | None = Field(default=None, ge=0)
+    """Price of a million prompt tokens that the server's prefix cache had; null: as any others."""
     usd_per_1m_completion: float = Field(default=0.0, ge=0)
     """Price of a million completion tokens."""
+
+    @model_validator(mode="after")
+    def _check_where(self) -> "RemoteLLMConfig":
+        if (self.base_url is None) == (self.serve is None):
+            raise ValueError(
+                "wanted either base_url (a server that runs) or serve (a command that starts one)."
+            )
+        if self.serve is not None and "{port}" not in self.serve:
+            raise ValueError("serve: wanted {port} in the command, where the server's port goes.")
+        return self
 
     @property
     def has_price(self) -> bool:
         """Whether a call costs anything."""
         return self.usd_per_1m_prompt > 0 or self.usd_per_1m_completion > 0
 
+    @property
+    def endpoint(self) -> str:
+        """The endpoint's name in identities."""
+        return self.alias or (self.base_url or "").rstrip("/") or self.serve or ""
+
+    def usd_of(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> float:
+        """Price of a call.
+
+        Args:
+            prompt_tokens: All of them.
+            cached_tokens: Of these, those that a prefix cache had.
+            completion_tokens: Written by the model.
+        """
+        cached_price = self.usd_per_1m_cached
+        if cached_price is None:
+            cached_price = self.usd_per_1m_prompt
+        fresh = (prompt_tokens - cached_tokens) * self.usd_per_1m_prompt
+        written = completion_tokens * self.usd_per_1m_completion
+        return (fresh + cached_tokens * cached_price + written) / 1e6
+
+    def at(self, base_url: str) -> "RemoteLLMConfig":
+        """The same model, answered by the server at ``base_url``; its identity stays."""
+        served = {"base_url": base_url, "serve": None, "alias": self.endpoint}
+        return self.model_copy(update=served)
+
     def identity(self) -> dict[str, Any]:
-        """As for all parameters; an alias stands for the address."""
+        """As for all parameters; the endpoint's name stands for its address or command."""
         fields = super().identity()
-        return {**fields, "base_url": self.alias or self.base_url.rstrip("/")}
+        return {**fields, "base_url": self.endpoint, "serve": None, "alias": None}
 
 
 def _where_it_runs(value: object) -> str:
     names = value if isinstance(value, Mapping) else dir(value)
-    return "<remote>" if "base_url" in names else "<local>"
+    return "<remote>" if "base_url" in names or "serve" in names else "<local>"
 
 
 LLMConfig = Annotated[
     Annotated[LocalLLMConfig, Tag("<local>")] | Annotated[RemoteLLMConfig, Tag("<remote>")],
     Discriminator(_where_it_runs),
 ]
-"""With ``base_url`` a server, with ``source`` a model in this process."""
+"""With ``base_url`` or ``serve`` a server, with ``source`` a model in this process."""
 
 
 class EmbedderConfig(Parameters, frozen=True):

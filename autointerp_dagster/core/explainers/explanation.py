@@ -22,6 +22,8 @@ _REASON_OF_COMPLETION: dict[VerdictReason, ExplanationReason] = {
     "refused": "refused",
     "call_failed": "call_failed",
     "budget": "budget",
+    "deadline": "deadline",
+    "not_recorded": "not_recorded",
     "too_long": "too_long",
     "no_vector": "call_failed",
 }

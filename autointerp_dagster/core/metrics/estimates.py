@@ -37,7 +37,7 @@ class Verdicts(NamedTuple):
     """What windows are ranked by; NaN where there is none."""
     is_failed: Bool[np.ndarray, " window"]
     """The verdict failed."""
-    is_unpaid: Bool[np.ndarray, " window"]
+    is_unasked: Bool[np.ndarray, " window"]
     """It failed because the budget was spent."""
     n_groups: int
     """Groups there are."""
@@ -191,16 +191,16 @@ def _finished(
         concerned = ~verdicts.is_activating
     failed = _count(verdicts, concerned & verdicts.is_failed)
     all_failed = _count(verdicts, verdicts.is_failed)
-    unpaid = _count(verdicts, verdicts.is_unpaid)
+    unasked = _count(verdicts, verdicts.is_unasked)
     value = np.where(has_classes, part.value, np.nan)
     status = np.select(
         [
             ~np.isnan(value),
-            (n_answered == 0) & (all_failed > 0) & (unpaid == all_failed),
+            (n_answered == 0) & (all_failed > 0) & (unasked == all_failed),
             (n_answered == 0) & (all_failed > 0),
             ~has_classes,
         ],
-        ["ok", "budget", "failed", "missing_class"],
+        ["ok", "unasked", "failed", "missing_class"],
         "undefined",
     )
     lo, hi = (np.where(np.isnan(value), np.nan, limit) for limit in part.interval)

@@ -22,7 +22,7 @@ from autointerp_dagster.core.metrics.estimates import (
 )
 from autointerp_dagster.core.metrics.intervals import mcnemar_p
 from autointerp_dagster.core.metrics.slices import OWNER, sliced
-from autointerp_dagster.core.schemas import LATENT_METRICS, MAIN_VARIANT, VERDICTS
+from autointerp_dagster.core.schemas import LATENT_METRICS, MAIN_VARIANT, UNASKED, VERDICTS
 from autointerp_dagster.core.types import LayerKey
 
 HEADLINE: Mapping[str, str] = {
@@ -223,7 +223,7 @@ def _arrays(
         is_predicted=~failed & pl.col("prediction").is_not_null(),
         score=pl.when(~failed).then("score").cast(pl.Float64).fill_null(float("nan")),
         is_failed=failed,
-        is_unpaid=(failed & (pl.col("reason") == "budget")).fill_null(value=False),
+        is_unasked=(failed & pl.col("reason").is_in(UNASKED)).fill_null(value=False),
     )
     arrays = {name: flat[name].to_numpy() for name in flat.columns}
     return Verdicts(group=group, prompt=prompt, n_groups=n_groups, **arrays)

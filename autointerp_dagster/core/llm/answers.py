@@ -1,32 +1,15 @@
-"""What the science asks of a language model, and what it gets back.
+"""The formats that an answer can have, and how tolerantly each is read."""
 
-Scorers and explainers build :class:`Request` objects and read :class:`Completion` objects; somebody
-else sends them, so batching, retries, the journal and the budget live once.
-"""
-
-import hashlib
-import json
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
-
-from autointerp_dagster.core.schemas import VerdictReason
+from typing import NamedTuple
 
 _LABEL = re.compile(r"[01]|true|false", re.IGNORECASE)
 _ITEM = r"""["']?(?:[01]|true|false)["']?"""
 _LABEL_LIST = re.compile(rf"\[\s*{_ITEM}(?:\s*,\s*{_ITEM})*\s*,?\s*\]", re.IGNORECASE)
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a chat."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str
 
 
 class LabelReading(NamedTuple):
@@ -159,119 +142,58 @@ def _probability_of_one(token: Token) -> float | None:
     return mass["1"] / total if total > 0 else None
 
 
-Answer = FreeText | LabelList
-
-
 @dataclass(frozen=True, slots=True)
-class JournalBlock:
-    """Where a call is kept, so that a cell reads only its own calls."""
+class Choice:
+    """An answer that is exactly one of some options."""
 
-    stage: str
-    """The asset that asks, e.g. ``score_detection``."""
-    coder_hash: str
-    """Hash of the coder's weights."""
-    block: int
-    """``latent // 4096``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One question to a chat model. Its parameters travel with it."""
-
-    messages: tuple[Message, ...]
-    answer: Answer
-    """The format that the answer must have."""
-    unit: str
-    """Requests of a unit (one latent's prompts) run together on a local model; not in the hash."""
-    block: JournalBlock
-    """Not in the hash."""
-    n_shared: int = 0
-    """How many leading messages other requests share (few-shots); a hint, not in the hash."""
-    temperature: float = 0.0
-    max_tokens: int = 64
-    top_logprobs: int = 0
-    """How many candidates to return per token; 0 asks for no log-probabilities."""
-    seed: int | None = None
-    attempt: int = 0
-    """> 0 when the question is asked again after a faulty answer."""
-    sample: int = 0
-    """Which of several answers to the same question."""
-
-    def call_id(self, model_identity: str) -> str:
-        """The call's address: a hash of everything that decides the answer.
-
-        Args:
-            model_identity: Endpoint and model name, or the hash of a local model's weights.
-        """
-        content = {
-            "model": model_identity,
-            "messages": [[m.role, m.content] for m in self.messages],
-            "answer": [type(self.answer).__name__, repr(self.answer)],
-            "parameters": [self.temperature, self.max_tokens, self.top_logprobs, self.seed],
-            "attempt": self.attempt,
-            "sample": self.sample,
-        }
-        canonical = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-        return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What a call cost."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    """Of the prompt tokens, those that a prefix cache served."""
-    completion_tokens: int = 0
-    usd: float = 0.0
+    options: tuple[str, ...]
+    """Distinct, at least two, without spaces at their ends."""
 
     @property
-    def n_tokens(self) -> int:
-        """Prompt and completion tokens together."""
-        return self.prompt_tokens + self.completion_tokens
+    def json_schema(self) -> dict[str, object]:
+        """For endpoints with structured outputs."""
+        return {"type": "string", "enum": list(self.options)}
 
-    def __add__(self, other: "Usage") -> "Usage":
-        """The sum, field by field."""
-        return Usage(
-            self.prompt_tokens + other.prompt_tokens,
-            self.cached_tokens + other.cached_tokens,
-            self.completion_tokens + other.completion_tokens,
-            self.usd + other.usd,
-        )
+    def fault(self, text: str) -> str | None:
+        """What is wrong with the format, in words a model can act on; null if nothing is."""
+        return "it was not one of the options alone" if self.read(text) is None else None
+
+    def read(self, text: str) -> int | None:
+        """The index of the option that the text is; quotes and a full stop around it are ignored.
+
+        Case counts only where options differ by nothing else.
+        """
+        said = text.strip().strip("\"'`*. \n\t")
+        if said in self.options:
+            return self.options.index(said)
+        alike = [i for i, option in enumerate(self.options) if option.lower() == said.lower()]
+        return alike[0] if len(alike) == 1 else None
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
-    """The final answer to a request: after retries, or the reason why there is none."""
+class Continuation:
+    """What a base model writes after a plain text, up to the first of ``stop``."""
 
-    call_id: str
-    text: str | None
-    """Null if the call failed for good."""
-    tokens: tuple[Token, ...] | None = None
-    """Null where the endpoint gave no log-probabilities."""
-    reason: VerdictReason | None = None
-    """Null if the answer has the format asked for."""
-    n_calls: int = 1
-    """How often the model was asked."""
-    from_journal: bool = False
-    usage: Usage = Usage()
-    """What this run paid; zero if the journal answered."""
+    stop: tuple[str, ...] = ()
+    """Not part of the answer."""
+
+    def fault(self, text: str) -> str | None:
+        """Never anything."""
 
 
-@runtime_checkable
-class LLM(Protocol):
-    """A language model with its journal, retries, flow control and budget behind it."""
+@dataclass(frozen=True, slots=True)
+class PromptScores:
+    """Nothing is written: the log-probabilities of a plain text's own tokens are wanted.
 
-    identity: str
-    """Endpoint and model, or the hash of the local weights; part of every call_id."""
+    The completion's text is empty; its tokens are those of the prompt that end after ``start``,
+    each given all before it.
+    """
 
-    def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion]]:
-        """Every request with its completion, in any order, as they come.
+    start: int
+    """Characters of the prompt whose tokens are not wanted; > 0, for the first has no given."""
 
-        Requests are drawn lazily, so a generator of millions is fine. A request that fails for good
-        comes back with a reason; nothing is raised for it, and nothing vanishes.
+    def fault(self, text: str) -> str | None:
+        """Never anything."""
 
-        Raises:
-            LLMError: If the endpoint cannot be reached at all.
-        """
-        ...
+
+Answer = FreeText | LabelList | Choice | Continuation | PromptScores
