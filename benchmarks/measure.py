@@ -67,3 +67,16 @@ def cpu_seconds(work: Callable[[], T]) -> tuple[T, float]:
     started = time.process_time()
     result = work()
     return result, time.process_time() - started
+
+
+@dataclass(frozen=True)
+class NotMeasured:
+    """A figure that could not be had here, and why; neither reached nor missed."""
+
+    bench: str
+    reason: str
+    ok: bool = True
+
+    def line(self) -> dict[str, Any]:
+        """As it is printed."""
+        return {"bench": self.bench, "not measured": self.reason}
