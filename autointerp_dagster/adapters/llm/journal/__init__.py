@@ -1,0 +1,1 @@
+"""The journal: every completed call, durable before its result is used."""

@@ -1,0 +1,49 @@
+"""Files that are wholly there after any crash, or not at all."""
+
+import os
+import uuid
+from pathlib import Path
+
+from upath import UPath
+
+_LOCAL = frozenset({"", "file", "local"})
+
+
+def is_local(root: UPath) -> bool:
+    """Whether ``root`` is a folder of this machine."""
+    return root.protocol in _LOCAL
+
+
+def write_durably(target: UPath, content: bytes | memoryview) -> None:
+    """Return once ``target`` holds ``content`` and would after a crash.
+
+    A reader sees nothing or all of it. Whoever writes the same content at the same time does no
+    harm.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    if not is_local(target):
+        target.fs.pipe_file(target.path, content)  # one PUT: all or nothing
+        return
+    path = Path(target.path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    newborn = path.parent / f".{uuid.uuid4().hex}.tmp"
+    try:
+        with newborn.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        newborn.replace(path)
+    finally:
+        newborn.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Return once new names in ``folder`` are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
