@@ -1,6 +1,6 @@
 """What a language model must offer so that :class:`~.client.JournaledLLM` can ask it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -45,6 +45,8 @@ class CallError(Exception):
         *,
         retriable: bool,
         endpoint: bool = False,
+        busy: bool = False,
+        timed_out: bool = False,
         retry_after_s: float | None = None,
     ) -> None:
         """Describe the failure.
@@ -53,11 +55,15 @@ class CallError(Exception):
             message: Without secrets; for ``endpoint`` failures it says what to do.
             retriable: Whether the same call may succeed later.
             endpoint: Whether every call would fail alike (nothing listens, the key is wrong).
+            busy: Whether the server has too much to do (429, 503, 529); says nothing of the call.
+            timed_out: Whether no answer came in time.
             retry_after_s: How long the server asked to wait.
         """
         super().__init__(message)
         self.retriable = retriable
         self.endpoint = endpoint
+        self.busy = busy
+        self.timed_out = timed_out
         self.retry_after_s = retry_after_s
 
 
@@ -68,6 +74,15 @@ class Backend(Protocol):
     """Part of every ``call_id``; see :class:`~autointerp_dagster.core.llm.LLM`."""
     max_in_flight: int
     """Groups under way at once."""
+
+    @property
+    def capabilities(self) -> Mapping[str, bool] | None:
+        """What the model was seen to offer, for manifests; null before its first answer.
+
+        Keys: ``structured_outputs``, ``log_probabilities``, ``seed`` and
+        ``prompt_log_probabilities``; one that nothing has told about is absent.
+        """
+        ...
 
     def groups(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
         """``requests`` in their order, cut lazily into what is asked together."""

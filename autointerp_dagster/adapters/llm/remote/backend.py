@@ -1,0 +1,286 @@
+"""Models behind any server that speaks OpenAI's API: vLLM, SGLang, llama.cpp, OpenRouter, OpenAI.
+
+Retries, limits and the journal live in ``client.JournaledLLM``. What a server refuses
+(log-probabilities, JSON schemas, a seed) is left away from then on; see ``capabilities``.
+"""
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import httpx2
+import jiter
+import openai
+
+from autointerp_dagster.adapters.llm.backend import CallError, Reply
+from autointerp_dagster.adapters.llm.remote import errors as openai_errors
+from autointerp_dagster.adapters.llm.remote.body import STRUCTURED, Feature, body_of, features_in
+from autointerp_dagster.adapters.llm.remote.capabilities import Learnt
+from autointerp_dagster.adapters.llm.remote.prompt_tokens import looks_shifted
+from autointerp_dagster.adapters.llm.remote.reply import no_prompt_scores, reply_of
+from autointerp_dagster.adapters.llm.remote.transport import (
+    cause_of,
+    http_client,
+    is_unreachable,
+    transport_errors,
+)
+from autointerp_dagster.core.config.models import RemoteLLMConfig
+from autointerp_dagster.core.errors import LLMError
+from autointerp_dagster.core.llm import JournalBlock, PromptScores, Request
+
+CHECK_TIMEOUT_S = 20.0
+"""How long a check waits for the list of models; connecting must be done in half of it."""
+
+_SHIFTED = (
+    "gives each token the log-probability of the place after it (llama_cpp.server does so unless "
+    "the text starts with the model's beginning-of-sequence token)"
+)
+_EASY_TEXT = (
+    "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday, Monday, Tuesday, Wednesday"
+)
+_PROBE = Request(
+    messages=(),
+    prompt=_EASY_TEXT,
+    answer=PromptScores(start=1),
+    unit="probe",
+    block=JournalBlock("probe", "", 0),
+    top_logprobs=1,
+)
+"""Twenty tokens, asked once before the first prompt is scored, and paid besides."""
+
+logger = logging.getLogger(__name__)
+
+
+class OpenAIBackend:
+    """One model of one OpenAI-compatible server. The key never leaves the client."""
+
+    def __init__(self, config: RemoteLLMConfig) -> None:
+        """Describe the endpoint; nothing is sent and no key is read yet.
+
+        Raises:
+            LLMError: If ``base_url`` carries credentials, or a server to start was not started.
+        """
+        if config.base_url is None:
+            raise LLMError("models: serve: the server was not started. Open the model in a run.")
+        if "@" in config.base_url.split("://", maxsplit=1)[1].split("/", maxsplit=1)[0]:
+            raise LLMError(
+                "base_url: got credentials before the host, wanted an address only. "
+                "Put the key into an environment variable and name it in api_key_env."
+            )
+        self._config = config
+        self._url = config.base_url.rstrip("/")
+        self.identity = f"{config.endpoint}|{config.model}"
+        if not config.structured_outputs:
+            self.identity += "|unstructured"
+        if config.extra_body:
+            self.identity += f"|{json.dumps(config.extra_body, sort_keys=True)}"
+        self.max_in_flight = config.max_in_flight
+        self._learnt = Learnt(self.identity, () if config.structured_outputs else STRUCTURED)
+        self._probing = asyncio.Lock()
+        self._client: openai.AsyncOpenAI | None = None
+
+    def __repr__(self) -> str:
+        return f"OpenAIBackend({self.identity!r})"
+
+    @property
+    def capabilities(self) -> Mapping[str, bool] | None:
+        """See :class:`~autointerp_dagster.adapters.llm.backend.Backend`."""
+        return self._learnt.capabilities.to_json() or None
+
+    def groups(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
+        """Each request by itself: the server batches."""
+        return ([request] for request in requests)
+
+    async def ask(self, group: Sequence[Request]) -> list[Reply]:
+        """See :class:`~autointerp_dagster.adapters.llm.backend.Backend`."""
+        return [await self._ask_one(request) for request in group]
+
+    async def check(self) -> None:
+        """See :class:`~autointerp_dagster.adapters.llm.backend.Backend`; asks for the models."""
+        try:
+            async with asyncio.timeout(min(self._config.timeout_s, CHECK_TIMEOUT_S)):
+                await self._connected().models.list()
+        except openai.APIStatusError as error:
+            if error.status_code in (401, 403):  # others say no more than: no such listing
+                raise LLMError(str(self._status_error(error))) from None
+        except openai.APIConnectionError as error:
+            raise LLMError(str(self._transport_error(error))) from None
+        except (*transport_errors(), TimeoutError, ValueError):
+            # A busy server may be long about its list, and some have none.
+            logger.info("%s: answers, though not with a list of models", self._url)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        client, self._client = self._client, None
+        if client is not None:
+            await client.close()
+
+    async def _ask_one(self, request: Request) -> Reply:
+        if isinstance(request.answer, PromptScores):
+            return await self._score(request)
+        _, body = body_of(request, self._config, self._learnt.lacks)
+        async with self._learnt.trial(features_in(body)):
+            return await self._exchange(request)
+
+    async def _score(self, request: Request) -> Reply:
+        """The log-probabilities of a prompt, from a server that was seen to give the right ones."""
+        async with self._probing:
+            if self._learnt.prompt_scores is None:
+                await self._probe()
+        reply = await self._exchange(replace(request, top_logprobs=max(1, request.top_logprobs)))
+        if not self._learnt.prompt_scores and not _is_in_place(reply):
+            raise no_prompt_scores(self._config, _SHIFTED)
+        if request.top_logprobs > 0 or reply.tokens is None:
+            return reply
+        return replace(reply, tokens=tuple(replace(token, top=()) for token in reply.tokens))
+
+    async def _probe(self) -> None:
+        """Score a text that is easy to guess.
+
+        Raises:
+            LLMError: If the server gives no log-probabilities of a prompt.
+        """
+        try:
+            reply = await self._exchange(_PROBE)
+        except LLMError:
+            self._learnt.prompt_scores = False
+            raise
+        self._learnt.prompt_scores = not looks_shifted(reply.tokens or ())
+        if not self._learnt.prompt_scores:
+            logger.warning("%s %s.", self.identity, _SHIFTED)
+
+    async def _exchange(self, request: Request) -> Reply:
+        """Ask; where the server rejects the body, without its optional features, one by one."""
+        lacks: set[Feature] = set(self._learnt.lacks)
+        while True:
+            path, body = body_of(request, self._config, lacks)
+            try:
+                content = await self._send(path, body)
+            except openai.APIStatusError as error:
+                reply = openai_errors.as_reply(error)
+                if reply is not None:
+                    return reply
+                lacks |= self._to_drop(error, request, body)
+            except (TimeoutError, *transport_errors()) as error:
+                raise self._transport_error(error) from None
+            else:
+                self._learnt.refused(lacks)
+                reply = self._read(content, request)
+                if not isinstance(request.answer, PromptScores):
+                    self._learnt.answered(request, reply, features_in(body))
+                return reply
+
+    def _to_drop(
+        self, error: openai.APIStatusError, request: Request, body: dict[str, Any]
+    ) -> frozenset[Feature]:
+        """What to try without; at least one feature.
+
+        Raises:
+            CallError: If nothing is left to blame.
+            LLMError: If no call can succeed.
+        """
+        features = openai_errors.to_drop(error, body)
+        if not isinstance(request.answer, PromptScores):
+            if features:
+                return features
+            raise self._status_error(error) from None
+        if features and "logprobs" not in features:
+            return features
+        failure = self._status_error(error)
+        if isinstance(failure, LLMError) or error.status_code in (401, 403):
+            raise failure from None
+        if failure.retriable and not features:
+            raise failure from None
+        raise no_prompt_scores(self._config, f"got {failure}") from None
+
+    async def _send(self, path: str, body: dict[str, Any]) -> bytes:
+        # The client's own low-level call: its typed methods walk through the whole prompt and
+        # build models of the answer, which takes more CPU time than everything else here.
+        async with asyncio.timeout(self._config.timeout_s):
+            response = await self._connected().post(path, body=body, cast_to=httpx2.Response)
+        return response.content
+
+    def _connected(self) -> openai.AsyncOpenAI:
+        if self._client is None:
+            self._client = openai.AsyncOpenAI(
+                base_url=self._url,
+                api_key=self._key() or "none",  # else the client would take OPENAI_API_KEY
+                max_retries=0,
+                http_client=http_client(self._config.timeout_s, self.max_in_flight),
+            )
+        return self._client
+
+    def _key(self) -> str | None:
+        """The key, read from the environment.
+
+        Raises:
+            LLMError: If the variable that should hold it is not set.
+        """
+        name = self._config.api_key_env
+        if name is None:
+            return None
+        key = os.environ.get(name)
+        if not key:
+            raise LLMError(
+                f"{self._url}: environment variable {name} is not set, wanted the API key. "
+                f"Set it (export {name}=...) or remove api_key_env from the study."
+            )
+        return key
+
+    def _read(self, content: bytes, request: Request) -> Reply:
+        try:
+            return reply_of(_decoded(content), request, self._config)
+        except CallError as error:
+            raise CallError(f"{self._url}: {error}", retriable=error.retriable) from None
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            # Not quoted: the answer may hold anything.
+            raise CallError(
+                f"{self._url}: the answer is not a completion ({type(error).__name__}).",
+                retriable=True,
+            ) from None
+
+    def _status_error(self, error: openai.APIStatusError) -> CallError | LLMError:
+        return openai_errors.status_error(error, self._config, self._redacted(str(error)))
+
+    def _transport_error(self, error: BaseException) -> CallError:
+        cause = cause_of(error)
+        if is_unreachable(error):
+            message = (
+                f"{self._url}: nothing answers ({cause}), wanted a server for model "
+                f"{self._config.model!r}. Start one, e.g. `vllm serve {self._config.model} "
+                "--port 8000`, or correct base_url."
+            )
+            return CallError(message, retriable=True, endpoint=True)
+        if isinstance(error, TimeoutError):
+            message = f"{self._url}: no whole answer within {self._config.timeout_s:g} s."
+            return CallError(message, retriable=True, timed_out=True)
+        return CallError(f"{self._url}: the exchange broke off ({cause}).", retriable=True)
+
+    def _redacted(self, text: str) -> str:
+        """A text of the server's without the key, which some servers repeat."""
+        name = self._config.api_key_env
+        key = os.environ.get(name) if name else None
+        return text.replace(key, "<key>") if key else text
+
+
+def _decoded(content: bytes) -> Any:
+    """A body as JSON; a fifth of a request's CPU time goes here if the standard library reads it.
+
+    Raises:
+        ValueError: If it is no JSON.
+    """
+    try:
+        return jiter.from_json(content)
+    except ValueError:  # perhaps only over half a character, which the standard library takes
+        return json.loads(content)
+
+
+def _is_in_place(reply: Reply) -> bool:
+    """Whether the most probable candidates show that each token has its own log-probability."""
+    tokens = reply.tokens or ()
+    own = sum(bool(token.top) and token.top[0][0] == token.text for token in tokens)
+    return own > 0 and not looks_shifted(tokens)
