@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from autointerp_dagster.adapters.embedded import english_documents, smollm2_dir
 from autointerp_dagster.adapters.llm.backend import Reply
-from autointerp_dagster.adapters.llm.local_backend import LocalBackend
-from autointerp_dagster.adapters.llm.local_model import ChatModel, load_chat_model
-from autointerp_dagster.adapters.llm.local_prompts import encoded, label_form
+from autointerp_dagster.adapters.llm.local.backend import LocalBackend
+from autointerp_dagster.adapters.llm.local.model import LocalModel, load_model
+from autointerp_dagster.adapters.llm.local.prompts import encoded, label_form
 from autointerp_dagster.core.config import LocalLLMConfig
 from autointerp_dagster.core.llm import JournalBlock, LabelList, Request
 from autointerp_dagster.core.prompts import detection_prompt
@@ -33,7 +33,7 @@ def run() -> list[Result]:
     torch.set_num_threads(1)
     folder = smollm2_dir()
     config = LocalLLMConfig(source=str(folder), dtype="float32", device="cpu", threads=1)
-    backend, model = LocalBackend(folder, config), load_chat_model(folder, "float32", "cpu")
+    backend, model = LocalBackend(folder, config), load_model(folder, "float32", "cpu")
     units = [_unit(explanation) for explanation in EXPLANATIONS]
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -71,7 +71,7 @@ def _unit(explanation: str) -> list[Request]:
     return requests
 
 
-def _plain(whole: torch.nn.Module, model: ChatModel, request: Request) -> list[float]:
+def _plain(whole: torch.nn.Module, model: LocalModel, request: Request) -> list[float]:
     """Log-probabilities of 0 and 1 after ``[``, by one forward pass over the whole text."""
     form = label_form(model.tokenizer)
     turns = [{"role": m.role, "content": m.content} for m in request.messages]

@@ -5,66 +5,27 @@ from pathlib import Path
 import pytest
 import torch
 from llm_requests import BLOCK
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from local_models import NATS, local, save_model
+from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
-from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 from upath import UPath
 
 from autointerp_dagster.adapters.llm.client import JournaledLLM
 from autointerp_dagster.adapters.llm.factory import open_llm
-from autointerp_dagster.adapters.llm.journal import Journal
-from autointerp_dagster.adapters.llm.local_backend import LocalBackend, batches_of
-from autointerp_dagster.adapters.llm.local_decoding import Line
-from autointerp_dagster.adapters.llm.local_model import Batch, fork, load_chat_model
-from autointerp_dagster.adapters.llm.local_prompts import Prompt, common_len, label_form
+from autointerp_dagster.adapters.llm.journal.journal import Journal
+from autointerp_dagster.adapters.llm.local.backend import LocalBackend, batches_of
+from autointerp_dagster.adapters.llm.local.decoding import Line
+from autointerp_dagster.adapters.llm.local.model import Batch, fork, load_model
+from autointerp_dagster.adapters.llm.local.prompts import Prompt, common_len, label_form
 from autointerp_dagster.core.config.models import LocalLLMConfig
 from autointerp_dagster.core.errors import ModelError
 from autointerp_dagster.core.llm import FreeText, LabelList, Message, Request
 
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 SHOTS = (
     Message("system", "Say which texts fit."),
     Message("user", "Description: rain\n1. it rained\n2. it shone"),
     Message("assistant", "[1, 0]"),
 )
-NATS = 1e-4
-
-
-def save_model(folder: Path, seed: int = 0, template: str | None = TEMPLATE) -> Path:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
-    wrapped.chat_template = template
-    wrapped.save_pretrained(folder)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            bos_token_id=None,
-            eos_token_id=0,
-        )
-    )
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
-                parameter.normal_(std=0.3, generator=generator)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +35,8 @@ def model_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def backend(model_dir) -> LocalBackend:
-    load_chat_model(model_dir, "float32", "cpu").prefixes.clear()
+    load_model(model_dir, "float32", "cpu").prefixes.clear()
     return LocalBackend(model_dir, local(model_dir))
-
-
-def local(model_dir: Path) -> LocalLLMConfig:
-    return LocalLLMConfig(source=str(model_dir), dtype="float32", device="cpu", threads=1)
 
 
 def judge(unit: str, windows: tuple[str, ...], **parameters) -> Request:
@@ -126,7 +83,7 @@ def assert_same(some, others) -> None:
 def naive_logprobs(model_dir: Path, request: Request, labels: str) -> list[float]:
     """Both candidates at each label, by one plain forward over the whole text per label."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    tokenizer = load_chat_model(model_dir, "float32", "cpu").tokenizer
+    tokenizer = load_model(model_dir, "float32", "cpu").tokenizer
     turns = [{"role": m.role, "content": m.content} for m in request.messages]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     expected = []
@@ -177,7 +134,7 @@ def test_the_order_of_prompts_in_a_unit_changes_nothing(backend):
 def test_order_and_grouping_of_units_change_nothing_to_the_bit(backend, model_dir):
     units = [unit_of(name) for name in ("cats", "dogs", "rain")]
     forwards = [backend.run_unit(unit) for unit in units]
-    load_chat_model(model_dir, "float32", "cpu").prefixes.clear()
+    load_model(model_dir, "float32", "cpu").prefixes.clear()
     backwards = [backend.run_unit(unit) for unit in units[::-1]][::-1]
     assert forwards == backwards
 
@@ -185,7 +142,7 @@ def test_order_and_grouping_of_units_change_nothing_to_the_bit(backend, model_di
 def test_a_kept_prefix_gives_the_results_of_no_prefix_and_never_grows(backend, model_dir):
     requests = unit_of("cats")
     first = backend.run_unit(requests)
-    (kept,) = load_chat_model(model_dir, "float32", "cpu").prefixes.values()
+    (kept,) = load_model(model_dir, "float32", "cpu").prefixes.values()
     before = [(keys.clone(), values.clone()) for keys, values, _ in kept]
     for name in ("dogs", "rain", "cats"):
         last = backend.run_unit(unit_of(name))
@@ -201,7 +158,7 @@ def test_a_kept_prefix_gives_the_results_of_no_prefix_and_never_grows(backend, m
 
 
 def test_a_fork_shares_memory_until_it_grows(model_dir):
-    model = load_chat_model(model_dir, "float32", "cpu")
+    model = load_model(model_dir, "float32", "cpu")
     with torch.inference_mode():
         kept = model.prefix((5, 6, 7))
         forked = fork(kept, 4)
@@ -212,7 +169,7 @@ def test_a_fork_shares_memory_until_it_grows(model_dir):
 def test_small_batches_give_the_results_of_large_ones(backend, monkeypatch):
     requests = unit_of("cats", 8)
     large = backend.run_unit(requests)
-    module = "autointerp_dagster.adapters.llm.local_backend.MAX_BATCH_TOKENS"
+    module = "autointerp_dagster.adapters.llm.local.backend.MAX_BATCH_TOKENS"
     monkeypatch.setattr(module, 60)
     assert_same(large, backend.run_unit(requests))
 
@@ -236,7 +193,7 @@ def test_free_text_starts_with_the_marker_and_is_one_line(backend):
 
 
 def test_free_text_repeats_no_run_of_three_tokens_and_does_not_end_at_once(model_dir):
-    model = load_chat_model(model_dir, "float32", "cpu")
+    model = load_model(model_dir, "float32", "cpu")
     end, a, b = (model.tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "a", "b"))
     logits = torch.zeros(len(model.tokenizer))
     logits[end], logits[a], logits[b] = 2.5, 3.0, 2.0
@@ -257,6 +214,13 @@ def test_samples_differ_and_each_is_the_same_in_any_company(backend):
     alone = [backend.run_unit([sample])[0].text for sample in samples]
     assert together == alone
     assert len(set(together)) > 1
+
+
+def test_another_seed_is_another_sample(backend):
+    seeds = [explain("cats", temperature=1.5, seed=seed) for seed in (None, 0, 1)]
+    texts = [reply.text for reply in backend.run_unit(seeds)]
+    assert [backend.run_unit([seed])[0].text for seed in seeds[::-1]] == texts[::-1]
+    assert len(set(texts)) == 3
 
 
 def test_labels_and_free_text_may_share_a_unit(backend):
@@ -316,7 +280,7 @@ def test_a_folder_without_weights_is_refused(tmp_path):
 
 
 def test_the_label_form_is_forced_around_single_tokens(model_dir):
-    tokenizer = load_chat_model(model_dir, "float32", "cpu").tokenizer
+    tokenizer = load_model(model_dir, "float32", "cpu").tokenizer
     form = label_form(tokenizer)
     spelled = [*form.opening, form.first[1], *form.separator, form.later[0]]
     assert tokenizer.decode(spelled) == "[1, 0"
@@ -348,7 +312,7 @@ def test_smollm2_labels_in_bf16_hardly_depend_on_the_batch(tmp_path):
 
 def test_labels_of_a_bf16_model_have_fine_probabilities(model_dir):
     """The head's product is made in fp32: logits are not multiples of a bf16 step."""
-    model = load_chat_model(model_dir, "bfloat16", "cpu")
+    model = load_model(model_dir, "bfloat16", "cpu")
     kept = model.extended(DynamicCache(), [1, 2, 3])
     fine = model.fine_logits(Batch(kept, 2), [(4, 5), (6, 7)])
     coarse = model.logits(Batch(kept, 2), [(4, 5), (6, 7)])

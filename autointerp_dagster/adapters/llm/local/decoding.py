@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from autointerp_dagster.adapters.llm.backend import Reply
-from autointerp_dagster.adapters.llm.local_model import Batch, ChatModel
-from autointerp_dagster.adapters.llm.local_prompts import LabelForm, Prompt
+from autointerp_dagster.adapters.llm.local.model import Batch, LocalModel
+from autointerp_dagster.adapters.llm.local.prompts import Prompt, label_form
 from autointerp_dagster.core.llm import FreeText, LabelList, Token, Usage
 
 NGRAM = 3
@@ -24,24 +24,22 @@ OPENERS = 64
 _NEVER = float("-inf")
 
 
-def decode_labels(
-    model: ChatModel, form: LabelForm, kept: DynamicCache, prompts: Sequence[Prompt]
-) -> list[Reply]:
+def decode_labels(model: LocalModel, kept: DynamicCache, prompts: Sequence[Prompt]) -> list[Reply]:
     """One label list per prompt; the model only chooses between 0 and 1 at each place.
 
     Args:
         model: The model.
-        form: How its tokenizer spells a list.
         kept: Cache of a prefix of every prompt; not written to.
         prompts: Requests for label lists, each longer than the prefix.
 
     Returns:
         In order. ``tokens`` are the labels alone, with both candidates' raw log-probabilities.
     """
+    form = label_form(model.tokenizer)
     prefix_len = int(kept.get_seq_length())
     batch = Batch(kept, len(prompts))
     n_labels = [_n_labels(prompt) for prompt in prompts]
-    draws = [_Draw(prompt) for prompt in prompts]
+    draws = [Draw(prompt) for prompt in prompts]
     chosen: list[list[Token]] = [[] for _ in prompts]
     steps: list[tuple[int, ...]] = [prompt.ids[prefix_len:] for prompt in prompts]
     for place in range(max(n_labels)):
@@ -65,7 +63,7 @@ def decode_labels(
     ]
 
 
-def decode_text(model: ChatModel, kept: DynamicCache, prompts: Sequence[Prompt]) -> list[Reply]:
+def decode_text(model: LocalModel, kept: DynamicCache, prompts: Sequence[Prompt]) -> list[Reply]:
     """One line per prompt after its marker, up to ``max_tokens``, a line break or the turn's end.
 
     Args:
@@ -84,14 +82,18 @@ def decode_text(model: ChatModel, kept: DynamicCache, prompts: Sequence[Prompt])
     return [line.reply(model, prefix_len) for line in lines]
 
 
-class _Draw:
-    """The choices of one call: the most probable, or drawn from the call's own generator."""
+class Draw:
+    """The choices of one call: the most probable, or drawn from the call's own generator.
+
+    The generator is seeded by the call's id: a hash of the question, its seed and sample index.
+    """
 
     def __init__(self, prompt: Prompt) -> None:
         self._temperature = prompt.request.temperature
         self._generator = torch.Generator().manual_seed(int(prompt.call_id[:15], 16))
 
     def __call__(self, logits: Float[Tensor, " candidate"]) -> int:
+        """Index of the next choice; the first of equals at temperature 0."""
         if self._temperature == 0:
             return int(logits.argmax())
         weights = torch.softmax(logits / self._temperature, dim=-1)
@@ -105,12 +107,12 @@ class Line:
     prompt: Prompt
     ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
-    draw: _Draw = field(init=False)
+    draw: Draw = field(init=False)
 
     def __post_init__(self) -> None:
-        self.draw = _Draw(self.prompt)
+        self.draw = Draw(self.prompt)
 
-    def grow(self, model: ChatModel, logits: Float[Tensor, " token"]) -> tuple[int, ...]:
+    def grow(self, model: LocalModel, logits: Float[Tensor, " token"]) -> tuple[int, ...]:
         """Choose the next token; what is to be fed, or nothing if the line has ended."""
         logits = self._without_loops(logits.clone())
         if not self.ids:
@@ -126,7 +128,7 @@ class Line:
             self.finish_reason = "length"
         return () if self.finish_reason is not None else (token,)
 
-    def reply(self, model: ChatModel, prefix_len: int) -> Reply:
+    def reply(self, model: LocalModel, prefix_len: int) -> Reply:
         """The finished line, marker included."""
         answer = self.prompt.request.answer
         assert isinstance(answer, FreeText)
@@ -146,7 +148,7 @@ class Line:
         return logits
 
     def _without_blanks(
-        self, model: ChatModel, logits: Float[Tensor, " token"]
+        self, model: LocalModel, logits: Float[Tensor, " token"]
     ) -> Float[Tensor, " token"]:
         """An answer has at least one word: an empty one would only be asked for again."""
         for token in logits.topk(min(OPENERS, len(logits))).indices.tolist():
@@ -161,7 +163,7 @@ def _n_labels(prompt: Prompt) -> int:
     return answer.n
 
 
-def _label(logprobs: Float[Tensor, "2"], draw: _Draw) -> Token:
+def _label(logprobs: Float[Tensor, "2"], draw: Draw) -> Token:
     """The label chosen between 0 and 1; equal log-probabilities give 0."""
     both = [(str(digit), float(logprob)) for digit, logprob in enumerate(logprobs)]
     text, logprob = both[draw(logprobs)]
