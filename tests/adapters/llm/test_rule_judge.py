@@ -1,5 +1,7 @@
-from autointerp_dagster.adapters.llm.fake_server import FakeLLMServer
-from autointerp_dagster.adapters.llm.rule_judge import rule_judge
+import json
+
+from autointerp_dagster.adapters.llm.fake.rule_judge import rule_judge, word_judge
+from autointerp_dagster.adapters.llm.fake.server import FakeLLMServer
 from autointerp_dagster.core.highlight import escape
 from autointerp_dagster.core.prompts import (
     ChatPrompt,
@@ -41,6 +43,30 @@ def test_the_judge_answers_a_repeated_question_too():
 def test_the_explainer_names_the_rule_that_fits_the_marks():
     shown = [ShownExample("room <<42>> in the rain", ()), ShownExample("in <<1984>> it was", ())]
     assert rule_judge(RULES)(chat(explanation_prompt(shown, True))) == "[EXPLANATION]: digits"
+
+
+def test_the_word_judge_quotes_marked_words_and_finds_them_again():
+    shown = [ShownExample("room <<42>> in the rain", ()), ShownExample("the <<42>> of <<May>>", ())]
+    judge = word_judge(seed=0)
+    explained = judge(chat(explanation_prompt(shown, True)))
+    assert explained == '[EXPLANATION]: the words "42" or "may"'
+    text = explained.removeprefix("[EXPLANATION]: ")
+    assert judge(chat(detection_prompt(text, ["in May", "in June", "4 42"], 5))) == "[1, 0, 1]"
+    assert judge(chat(fuzzing_prompt(text, ["in <<May>>", "<<in>> May"], 5))) == "[1, 0]"
+
+
+def test_the_word_judge_draws_labels_where_nothing_is_quoted():
+    windows = [f"window {i}" for i in range(200)]
+    labels, same, others = (
+        json.loads(word_judge(seed)(chat(detection_prompt("verbs", windows, 200))))
+        for seed in (0, 0, 1)
+    )
+    assert labels == same != others
+    assert 60 < sum(labels) < 140
+
+
+def test_the_word_judge_answers_any_chat():
+    assert word_judge(0)([{"role": "user", "content": "hello"}])
 
 
 def test_the_fake_server_can_be_used_with_the_judge():

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server without a model, for tests and trials."""
