@@ -1,4 +1,4 @@
-"""The commands: run, status, why."""
+"""The commands: run, plan, batch export, batch import, status, why."""
 
 import logging
 import os
@@ -13,19 +13,34 @@ import transformers
 import typer
 from rich.console import Console
 
+from autointerp_dagster.adapters.llm.batch.files import MAX_BYTES, MAX_REQUESTS
+from autointerp_dagster.cli.batch import (
+    Limits,
+    export_batch,
+    import_batch,
+    print_exported,
+    print_imported,
+)
+from autointerp_dagster.cli.plan import missing_records, plan_as_json, print_plan
 from autointerp_dagster.cli.report import print_report
-from autointerp_dagster.cli.run import Selection, materialize, plan
+from autointerp_dagster.cli.run import Selection, materialize, print_dry_run
 from autointerp_dagster.cli.status import print_status
 from autointerp_dagster.cli.why import walk_score
 from autointerp_dagster.core.errors import AutoInterpError, StudyError
+from autointerp_dagster.resources.planning import plan_study
 from autointerp_dagster.resources.store import StoreResource
-from autointerp_dagster.study import Study, load_study
+from autointerp_dagster.study import Study, find_studies, load_study
 
 app = typer.Typer(
     help="Explain and score the latents of sparse autoencoders.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+batch = typer.Typer(
+    help="Ask by file: for batch endpoints, and for machines without a network.",
+    no_args_is_help=True,
+)
+app.add_typer(batch, name="batch")
 console = Console()
 
 StudyArgument = Annotated[
@@ -74,24 +89,111 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be materialized, and stop.")
     ] = False,
+    replay: Annotated[
+        bool,
+        typer.Option(
+            "--replay",
+            help="Send nothing to any language model: take answers from the journal alone.",
+        ),
+    ] = False,
 ) -> None:
     """Materialize a study, or a part of it, with progress bars.
 
     What the store already holds is linked, not computed again. Killed at any moment, the same
     command goes on where it stopped. The runs show in the UI as well.
+
+    With --replay, rows whose call the journal lacks have the reason not_recorded, and their cells
+    count as cut short: a later run makes them whole.
     """
     loaded = _study(study)
     selection = Selection.of(loaded, layers, ranges, until)
     if dry_run:
-        plan(loaded, selection, console)
+        print_dry_run(loaded, selection, console)
         return
     logging.getLogger("autointerp_dagster").addHandler(_ConsoleLines())
     logging.getLogger("autointerp_dagster").setLevel(logging.INFO)
     transformers.logging.disable_progress_bar()
     with _instance() as instance:
-        materialize(loaded, selection, instance)
+        materialize(loaded, selection, instance, "replay" if replay else "record")
     if selection.is_whole(loaded):
         print_report(loaded, StoreResource().of(loaded), console)
+
+
+@app.command()
+@_plain_errors
+def plan(
+    study: StudyArgument,
+    layers: LayersOption = None,
+    ranges: RangesOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for scripts.")] = False,
+) -> None:
+    """Say what a study will cost before anything is paid: requests, tokens, USD, per stage.
+
+    Counts the real prompts that a run would send now, from the latents' records and the journal;
+    asks no language model and writes nothing. Prices, budgets and tokenizers are the study's.
+    """
+    loaded = _study(study)
+    selection = Selection.of(loaded, layers, ranges, None)
+    with Console(stderr=True).status("Going through the prompts"):
+        found = plan_study(loaded, StoreResource().of(loaded), selection.cells)
+    if len(found.without_records) == len(selection.cells):
+        raise StudyError(f"study {loaded.name}: {missing_records(loaded, found)}")
+    if as_json:
+        typer.echo(plan_as_json(loaded, found))
+    else:
+        print_plan(loaded, found, console)
+
+
+@batch.command("export")
+@_plain_errors
+def export(
+    study: StudyArgument,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The file; further ones are numbered. STUDY-batch.jsonl by default."),
+    ] = None,
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only the questions of this stage, e.g. explanations; may be given several times."
+        ),
+    ] = None,
+    max_requests: Annotated[int, typer.Option(min=1, help="Per file.")] = MAX_REQUESTS,
+    max_mb: Annotated[float, typer.Option(min=0.001, help="Per file.")] = MAX_BYTES / 1e6,
+) -> None:
+    """Write what a study still has to ask as JSONL, for OpenAI's batch API or `vllm run-batch`.
+
+    Scores need explanations, so there are two rounds at least: export, answer and import the
+    explanations, then the scores. Answers in a wrong format are asked again in the next round.
+    """
+    loaded = _study(study)
+    limits = Limits(max_requests, int(max_mb * 1e6))
+    path = out or Path(f"{loaded.name}-batch.jsonl")
+    with Console(stderr=True).status("Going through the prompts"):
+        exported = export_batch(loaded, StoreResource().of(loaded), path, stage, limits)
+    print_exported(loaded, exported, console)
+
+
+@batch.command("import")
+@_plain_errors
+def import_(
+    file: Annotated[Path, typer.Argument(help="Answers as JSONL.")],
+    study: Annotated[
+        str | None,
+        typer.Option(help="Whose store asked; by default every study of ./studies is looked at."),
+    ] = None,
+) -> None:
+    """Take the answers of a batch into the journal; the next run uses them.
+
+    An answer that the journal has already is left alone. Lines without an answer are counted, with
+    their reason; the next export asks again.
+    """
+    folder = Path(os.environ.get("AUTOINTERP_STUDIES", "studies"))
+    studies = find_studies(folder) if study is None else [_study(study)]
+    roots = list(dict.fromkeys(StoreResource().of(known).root for known in studies))
+    with Console(stderr=True).status("Reading answers"):
+        imported = import_batch(file, roots)
+    print_imported(file, imported, console)
 
 
 @app.command()

@@ -66,13 +66,13 @@ def _layer_table(
             table.add_section()
         last = row["latent"]
         text = Text.assemble((f"{row['latent']} ", "bold"), (f"{row['explainer']}\n", "dim"))
-        text.append(_printable(row["text"] or f"({row['status']}: {row['reason']})"))
+        text.append(printable(row["text"] or f"({row['status']}: {row['reason']})"))
         scores = [_score(headline, key, scorer) for scorer in study.scorers.asked]
         table.add_row(text, *scores)
     return table
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Text of a model or a corpus without characters that command a terminal."""
     return "".join(character if character.isprintable() else " " for character in text)
 

@@ -1,7 +1,9 @@
 """Materializing a study in this process: one run for the cells, then layers, then the study."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import Literal, TypeVar
 
 import dagster as dg
 from rich.console import Console
@@ -12,7 +14,9 @@ from autointerp_dagster.core.types import Cell, Place
 from autointerp_dagster.definitions import build_resources, build_study
 from autointerp_dagster.partitions import partition_key
 from autointerp_dagster.resources.events import asset_key
-from autointerp_dagster.resources.preflight import check_study
+from autointerp_dagster.resources.llms import LLMs
+from autointerp_dagster.resources.pending import stages_that_ask
+from autointerp_dagster.resources.preflight import REPLAY_TAG, check_study
 from autointerp_dagster.resources.progress import ProgressDisplay
 from autointerp_dagster.resources.store import StoreResource
 from autointerp_dagster.study import Study
@@ -65,31 +69,44 @@ class Selection:
         return len(self.cells) == len(study.cells) and len(self.stages) == len(made)
 
 
-def materialize(study: Study, selection: Selection, instance: dg.DagsterInstance) -> None:
+def materialize(
+    study: Study,
+    selection: Selection,
+    instance: dg.DagsterInstance,
+    mode: Literal["record", "replay"] = "record",
+) -> None:
     """Materializes a selection in this process.
+
+    Args:
+        study: The study.
+        selection: What of it.
+        instance: Where the runs are kept.
+        mode: In ``replay`` language models are not asked: the journal answers, or nobody does.
 
     Raises:
         AutoInterpError: What went wrong in a stage, as the stage said it.
     """
-    check_study(study, {stage.name for stage in selection.stages})
+    asking = set(stages_that_ask(study)) if mode == "replay" else set()
+    check_study(study, {stage.name for stage in selection.stages} - asking)
+    run = partial(_run, study, instance=instance, mode=mode)
     by_scope = {
         scope: [stage for stage in selection.stages if stage.scope == scope]
         for scope in ("study", "cell", "layer")
     }
     first = [stage for stage in by_scope["study"] if stage.name == "token_dataset"]
     for corner_cells in _rectangles(study, selection.cells):
-        _run(study, [*first, *by_scope["cell"]], corner_cells, instance)
+        run([*first, *by_scope["cell"]], corner_cells)
         first = []
     layers = [layer for layer in study.layer_keys if layer in {c.layer for c in selection.cells}]
     covers_ranges = {cell.range for cell in selection.cells} == set(study.ranges)
     if by_scope["layer"] and covers_ranges:
         for layer in layers:
-            _run(study, by_scope["layer"], [layer], instance)
+            run(by_scope["layer"], [layer])
     if selection.is_whole(study):
-        _run(study, [s for s in by_scope["study"] if s.name != "token_dataset"], [], instance)
+        run([s for s in by_scope["study"] if s.name != "token_dataset"], [])
 
 
-def plan(study: Study, selection: Selection, console: Console) -> None:
+def print_dry_run(study: Study, selection: Selection, console: Console) -> None:
     """Prints what a run would look at, and what of it the store already holds."""
     store = StoreResource().of(study)
     table = Table(
@@ -108,17 +125,21 @@ def plan(study: Study, selection: Selection, console: Console) -> None:
 def _run(
     study: Study,
     stages: list[Stage],
-    places: list[Cell] | list[Place],
+    places: Sequence[Place],
+    *,
     instance: dg.DagsterInstance,
+    mode: Literal["record", "replay"],
 ) -> None:
     """One Dagster run over a rectangle of places (its corners are the first and the last)."""
     if not stages:
         return
-    tags: dict[str, str] = {}
+    tags = {REPLAY_TAG: "true"} if mode == "replay" else {}
     if places:
         tags["dagster/asset_partition_range_start"] = str(partition_key(places[0]))
         tags["dagster/asset_partition_range_end"] = str(partition_key(places[-1]))
     resources = build_resources() | {"progress": ProgressDisplay(style="bar")}
+    if mode == "replay":
+        resources["llms"] = LLMs(mode="replay")
     try:
         dg.materialize(
             build_study(study),

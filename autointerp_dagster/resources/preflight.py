@@ -14,16 +14,25 @@ from autointerp_dagster.resources.coders import Coders
 from autointerp_dagster.resources.corpora import Corpora
 from autointerp_dagster.resources.embedders import Embedders
 from autointerp_dagster.resources.models import SubjectModels
+from autointerp_dagster.resources.pending import stages_that_ask
 from autointerp_dagster.study import Study
 from autointerp_dagster.study.stages import STAGES
 
+REPLAY_TAG = "autointerp/replay"
+"""Of a run that asks no language model: the journal answers, or nobody does."""
+
 
 def stages_of_run(context: dg.AssetExecutionContext, study: Study) -> set[str]:
-    """Names of the stages that the whole run of a step is to materialize."""
+    """Names of the stages that the whole run of a step is to materialize.
+
+    Those that would ask a language model are left out of a replay: they need no server.
+    """
+    asking = set(stages_that_ask(study)) if REPLAY_TAG in context.run.tags else set()
     if context.run.asset_selection:
-        return {key.path[-1] for key in context.run.asset_selection}
+        return {key.path[-1] for key in context.run.asset_selection} - asking
     steps = context.run.step_keys_to_execute  # a run from a script names its steps instead
-    return {name for name in STAGES if steps is None or f"{study.name}__{name}" in steps}
+    names = {name for name in STAGES if steps is None or f"{study.name}__{name}" in steps}
+    return names - asking
 
 
 def check_study(study: Study, stages: Collection[str]) -> None:

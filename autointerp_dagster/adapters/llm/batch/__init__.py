@@ -1,0 +1,1 @@
+"""Asking by file: questions out, answers in."""

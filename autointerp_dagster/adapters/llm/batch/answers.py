@@ -1,0 +1,197 @@
+"""The answers of a batch file, as OpenAI and ``vllm run-batch`` write them, into the journal."""
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from upath import UPath
+
+from autointerp_dagster.adapters.llm.backend import TOO_LONG, CallError, Reply
+from autointerp_dagster.adapters.llm.batch.files import Batch, Question, split_custom_id
+from autointerp_dagster.adapters.llm.factory import open_journal
+from autointerp_dagster.adapters.llm.journal.entries import Entry
+from autointerp_dagster.adapters.llm.journal.journal import Journal
+from autointerp_dagster.adapters.llm.remote.reply import reply_of
+from autointerp_dagster.core.errors import LLMError
+from autointerp_dagster.core.llm import Usage
+
+MAX_UNSAVED = 4096
+"""Answers on their way to the disk at once."""
+MAX_SHOWN = 20
+"""Faults kept with their reason; the others are counted."""
+_LONGEST_REASON = 200
+_TOO_LONG_WORDS = ("context length", "context window", "context size", "context_length")
+
+FindBatch = Callable[[str], Batch | None]
+"""From a batch's name to what it asked; null if no store knows it."""
+
+
+class Fault(NamedTuple):
+    """A line that could not be used."""
+
+    line: int
+    """The first is 1."""
+    reason: str
+    """May quote the file: not to be trusted as markup."""
+
+
+@dataclass(slots=True)
+class Imported:
+    """What became of the lines of a file."""
+
+    n_recorded: int = 0
+    """New in the journal."""
+    n_known: int = 0
+    """The journal had an answer already, which stays."""
+    n_failed: int = 0
+    """No answer in them; the next export asks again."""
+    n_unknown: int = 0
+    """Not asked from any store that was looked at."""
+    usage: Usage = field(default_factory=Usage)
+    """Of the answers that were recorded."""
+    faults: list[Fault] = field(default_factory=list)
+    """The first failed and unknown lines."""
+    studies: set[str] = field(default_factory=set)
+    """Whose questions were answered."""
+
+    def note(self, line: int, reason: str) -> None:
+        """Keep why a line was not used, if there is room."""
+        if len(self.faults) < MAX_SHOWN:
+            self.faults.append(Fault(line, reason[:_LONGEST_REASON]))
+
+
+class _UnusableError(Exception):
+    """A line without an answer; says why."""
+
+
+def import_answers(lines: Iterable[bytes], find_batch: FindBatch) -> Imported:
+    """Records every answer that the journal lacks.
+
+    Args:
+        lines: Of the file.
+        find_batch: Asked once per batch.
+
+    Returns:
+        When everything counted as recorded is durable.
+
+    Raises:
+        StoreError: If a store cannot be read or written.
+    """
+    imported = Imported()
+    with ExitStack() as open_journals:
+        importer = _Importer(imported, find_batch, open_journals)
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                importer.take(number, line)
+        importer.wait(0)
+    return imported
+
+
+class _Importer:
+    def __init__(self, imported: Imported, find_batch: FindBatch, opened: ExitStack) -> None:
+        self._imported = imported
+        self._find_batch = find_batch
+        self._opened = opened
+        self._batches: dict[str, Batch | None] = {}
+        self._journals: dict[UPath, Journal] = {}
+        self._recorded: set[str] = set()  # a file may hold an answer twice
+        self._unsaved: deque[Future[None]] = deque()
+
+    def take(self, number: int, line: bytes) -> None:
+        """Use one line, or note why not."""
+        try:
+            content = _content_of(line)
+        except _UnusableError as error:
+            self._imported.n_failed += 1
+            self._imported.note(number, str(error))
+            return
+        found = self._question(content.get("custom_id"))
+        if found is None:
+            self._imported.n_unknown += 1
+            self._imported.note(number, f"asked by no store here: {content.get('custom_id')!r}")
+            return
+        batch, question = found
+        try:
+            reply = _reply(content, question, batch)
+        except _UnusableError as error:
+            self._imported.n_failed += 1
+            self._imported.note(number, str(error))
+            return
+        self._record(batch, question, reply)
+
+    def wait(self, n_left: int) -> None:
+        """Return once at most ``n_left`` answers are not yet durable."""
+        while len(self._unsaved) > n_left:
+            self._unsaved.popleft().result()
+
+    def _record(self, batch: Batch, question: Question, reply: Reply) -> None:
+        journal, block = self._journal(batch.root), question.request.block
+        call_id = question.call_id
+        if call_id in self._recorded or journal.lookup(block, call_id) is not None:
+            self._imported.n_known += 1
+            return
+        entry = Entry.of(call_id, batch.identity, question.request, reply)
+        self._unsaved.append(journal.record(block, entry))
+        self._recorded.add(call_id)
+        self._imported.n_recorded += 1
+        self._imported.usage += reply.usage
+        self._imported.studies.add(batch.study)
+        self.wait(MAX_UNSAVED)
+
+    def _question(self, custom_id: object) -> tuple[Batch, Question] | None:
+        parts = split_custom_id(custom_id) if isinstance(custom_id, str) else None
+        if parts is None:
+            return None
+        name, call_id = parts
+        if name not in self._batches:
+            self._batches[name] = self._find_batch(name)
+        batch = self._batches[name]
+        question = None if batch is None else batch.question(call_id)
+        return None if batch is None or question is None else (batch, question)
+
+    def _journal(self, root: UPath) -> Journal:
+        if root not in self._journals:
+            self._journals[root] = self._opened.enter_context(open_journal(root))
+        return self._journals[root]
+
+
+def _content_of(line: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(line)
+    except ValueError as error:
+        raise _UnusableError("not JSON; the file may be cut short") from error
+    if not isinstance(content, dict):
+        raise _UnusableError("not a JSON object")
+    return content
+
+
+def _reply(content: dict[str, Any], question: Question, batch: Batch) -> Reply:
+    """The reply in a line; one that the server declined for good is a reply, too."""
+    response, error = content.get("response"), content.get("error")
+    response = response if isinstance(response, dict) else {}
+    status, body = response.get("status_code"), response.get("body")
+    if error is not None or status != 200 or not isinstance(body, dict):
+        complaint = json.dumps([error, body], ensure_ascii=False)
+        declined = _declined(status, complaint.lower())
+        if declined is not None:
+            return Reply(text=None, finish_reason=declined)
+        raise _UnusableError(f"status {status}: {complaint}")
+    try:
+        return reply_of(body, question.request, batch.config)
+    except (CallError, LLMError) as problem:
+        raise _UnusableError(str(problem)) from problem
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as problem:
+        raise _UnusableError(f"the body is no completion ({type(problem).__name__})") from problem
+
+
+def _declined(status: object, complaint: str) -> str | None:
+    """The finish reason of an error that would come again; null for any other."""
+    if status not in (400, 413, 422):
+        return None
+    if "content_filter" in complaint:
+        return "content_filter"
+    return TOO_LONG if any(words in complaint for words in _TOO_LONG_WORDS) else None

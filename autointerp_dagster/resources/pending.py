@@ -1,0 +1,359 @@
+"""What a study still has to ask its language models.
+
+The very code of the stages runs over the journal in replay, in which nothing is sent and nothing is
+committed: what the journal does not answer is what a run would send. So a plan, a batch file and a
+run cannot disagree.
+"""
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import polars as pl
+
+from autointerp_dagster.adapters.llm import Journal, JournaledLLM, open_backend, open_journal
+from autointerp_dagster.adapters.manifests import Manifest
+from autointerp_dagster.adapters.storage import Store
+from autointerp_dagster.core.config import LLMConfig, RemoteLLMConfig
+from autointerp_dagster.core.explainers import (
+    Explainer,
+    Explanation,
+    explanations_frame,
+    make_explainer,
+)
+from autointerp_dagster.core.llm import Completion, JournalBlock, Request, Usage
+from autointerp_dagster.core.schemas import DONORS, EXPLANATIONS, SELECTION
+from autointerp_dagster.core.scorers import LABEL_SCORERS
+from autointerp_dagster.core.tokens import Detokenizer
+from autointerp_dagster.core.types import Cell, LatentId, LayerKey, Place, WholeStudy, silent
+from autointerp_dagster.resources.coders import Coders
+from autointerp_dagster.resources.corpora import Corpora
+from autointerp_dagster.resources.explaining import ExplainingWork
+from autointerp_dagster.resources.judging import labelling
+from autointerp_dagster.resources.models import SubjectModels
+from autointerp_dagster.resources.scoring import Explained, ScoringWork
+from autointerp_dagster.resources.stage_inputs import External, StageInputs
+from autointerp_dagster.study import Study
+
+EXPLAIN = "explanations"
+_UPSTREAM = ("token_dataset", "activation_cache", "latent_records")
+"""What the questions rest on, in the order of the data; no language model makes it."""
+_NOWHERE = "http://127.0.0.1/v1"
+"""Stands for the address of a server that is not started: nothing is sent there."""
+
+StandIns = Callable[[str, pl.DataFrame], pl.DataFrame]
+"""From an explainer's name and its ``schemas.EXPLANATIONS`` of a cell to the same with a text in
+every row whose reason is ``not_recorded``. Is given complete ones, too."""
+
+
+class Asked(NamedTuple):
+    """One question of a stage, and what the journal knows of it."""
+
+    request: Request
+    """As it would be sent: the question itself, or a repeat that quotes a fault."""
+    call_id: str
+    completion: Completion
+    """Of the question."""
+    is_pending: bool
+    """Whether it is to be sent; the same call is pending once in a cell."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The questions of one stage about one cell, of one explainer."""
+
+    stage: str
+    cell: Cell
+    explainer: str
+    model: "Replayed"
+    """Whom it asks."""
+    is_done: bool
+    """Whether the store holds the result; then nothing is asked."""
+    waits: bool
+    """Whether explanations must be answered first; then nothing is asked yet."""
+    asked: Iterator[Asked]
+    """Lazy. What is left of it when the next piece is drawn is gone through unseen."""
+
+
+class Replayed:
+    """A model whose answers come from the journal alone; an ``LLM``."""
+
+    def __init__(self, config: LLMConfig, journal: Journal) -> None:
+        """Describe the model; nothing is started, asked or loaded.
+
+        Raises:
+            ModelError: If a local model cannot be found.
+        """
+        self.config = config
+        if isinstance(config, RemoteLLMConfig) and config.serve is not None:
+            config = config.at(_NOWHERE)
+        self._missing: dict[str, Request] = {}
+        self._llm = JournaledLLM(
+            open_backend(config),
+            journal,
+            mode="replay",
+            on_missing=self._note,
+        )
+        self.identity = self._llm.identity
+        self.heard: deque[tuple[Request, Completion]] = deque()
+        """What was asked since somebody last took it from here."""
+
+    def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion]]:
+        """See :class:`~autointerp_dagster.core.llm.LLM`."""
+        for request, completion in self._llm.answer(requests):
+            sent = self._missing.pop(completion.call_id, request)
+            self.heard.append((sent, completion))
+            yield request, completion
+
+    def close(self) -> None:
+        """End its background thread."""
+        self._llm.close()
+
+    def _note(self, request: Request, call_id: str) -> None:
+        self._missing[call_id] = request
+
+
+def stages_that_ask(study: Study) -> list[str]:
+    """Names of the stages of a study that ask a language model, in the order of the data."""
+    explains = any(make_explainer(n, c).asks_a_model for n, c in study.explainers.items())
+    scores = [f"score_{name}" for name in study.scorers.asked if name in LABEL_SCORERS]
+    return [EXPLAIN, *scores] if explains else scores
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """A cell on the way through its stages."""
+
+    cell: Cell
+    made: Manifest | None
+    """Its explanations, if the store holds them all."""
+    selection: pl.DataFrame
+    donors: pl.DataFrame
+    explanations: dict[str, pl.DataFrame]
+    """By explainer; one that must be answered first is absent."""
+    pending: set[int]
+    """Shortened ids of the calls that were pending already."""
+
+
+class Survey:
+    """Goes through the cells of a study and finds what is to be asked. A context manager."""
+
+    def __init__(
+        self,
+        study: Study,
+        store: Store,
+        cells: Sequence[Cell],
+        *,
+        stages: Collection[str] | None = None,
+        stand_ins: StandIns | None = None,
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            study: The study.
+            store: Its store; only read.
+            cells: Which of its cells.
+            stages: Names of the stages whose questions are wanted; null: all.
+            stand_ins: Gives scorers texts to be counted with, in place of explanations that do not
+                exist yet. Null: scorers of such a cell wait.
+        """
+        self.study = study
+        self.store = store
+        self.without_records: list[Cell] = []
+        """Cells without records from the present inputs: nothing is known of them."""
+        asking = stages_that_ask(study)
+        self.stages = [name for name in asking if stages is None or name in stages]
+        """Those whose questions are wanted, in the order of the data."""
+        self._cells = cells
+        self._stand_ins: StandIns = stand_ins or (lambda _, frame: frame)
+        self._coders = Coders()
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        """The survey, with its journal open."""
+        models = self.study.models
+        with ExitStack() as opening:
+            self._journal = opening.enter_context(open_journal(self.store.root))
+            self._explainer = Replayed(models.explainer, self._journal)
+            opening.callback(self._explainer.close)
+            self._judge = Replayed(models.judge or models.explainer, self._journal)
+            opening.callback(self._judge.close)
+            self._upstream = self._upstream_stages()
+            detokenizer = SubjectModels().of(self.study).detokenizer
+            self._explaining = self._explaining_work(detokenizer)
+            scoring = [name for name in self.stages if name != EXPLAIN]
+            self._scoring = {name: self._scoring_work(name, detokenizer) for name in scoring}
+            self._open = opening.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Closes models and journal."""
+        self._open.close()
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every piece of every cell: of each cell explanations first, then scores."""
+        for cell in self._cells:
+            if not self._has_records(cell):
+                self.without_records.append(cell)
+            elif not self._explaining.stage.is_outside_coder(cell):
+                state = self._state_of(cell)
+                yield from self._explain(state)
+                for name, work in self._scoring.items():
+                    yield from self._score(state, name, work)
+
+    def costs_of(self, explanations: pl.DataFrame, n: int) -> list[Usage]:
+        """What some explanations cost when they were paid for, as the journal knows.
+
+        Args:
+            explanations: Rows of ``schemas.EXPLANATIONS``.
+            n: How many to look at, at most.
+        """
+        rows = explanations.filter(pl.col("call_id").is_not_null() & (pl.col("status") == "ok"))
+        replies = [
+            self._journal.lookup(self._block_of(row), row["call_id"])
+            for row in rows.head(n).iter_rows(named=True)
+        ]
+        return [reply.usage for reply in replies if reply is not None]
+
+    def _block_of(self, row: Mapping[str, Any]) -> JournalBlock:
+        layer = LayerKey(row["coder"], row["hookpoint"])
+        latent = LatentId(row["coder"], row["hookpoint"], row["latent"])
+        return self._coders.block_of(self.study, layer, EXPLAIN)(latent)
+
+    def _has_records(self, cell: Cell) -> bool:
+        """Whether a run would find the cell's records as they are, and all that they rest on."""
+        places: dict[str, Place] = {"token_dataset": WholeStudy()}
+        # In the order of the data: a stage is looked at only if its inputs are there.
+        return all(s.is_current(places.get(name, cell)) for name, s in self._upstream.items())
+
+    def _state_of(self, cell: Cell) -> _Cell:
+        made = self._explaining.stage.made(cell)
+        if made is None:
+            selection = self._explaining.selection(cell)
+            donors = self._explaining.donors(cell, selection)
+        else:
+            selection = self.store.table(made.blob(SELECTION.name))
+            donors = self.store.table(made.blob(DONORS.name))
+        return _Cell(cell, made, selection, donors, {}, set())
+
+    def _explain(self, state: _Cell) -> Iterator[Piece]:
+        latents = state.selection["latent"].to_list()
+        for explainer in self._explaining.explainers:
+            frame = self._explained_before(state, explainer, latents)
+            if frame is not None:
+                yield self._piece(EXPLAIN, state, explainer.name, None)
+            else:
+                answers: list[Explanation] = []
+                explaining = self._explaining.explanations(state.cell, explainer, latents)
+                piece = self._piece(EXPLAIN, state, explainer.name, _kept(explaining, answers))
+                yield piece
+                deque(piece.asked, maxlen=0)
+                frame = explanations_frame(answers)
+            frame = self._stand_ins(explainer.name, frame)
+            if frame.filter(pl.col("reason") == "not_recorded").is_empty():
+                state.explanations[explainer.name] = frame
+
+    def _explained_before(
+        self, state: _Cell, explainer: Explainer, latents: list[int]
+    ) -> pl.DataFrame | None:
+        if state.made is not None:
+            return self.store.table(state.made.blob(f"{EXPLANATIONS.name}/{explainer.name}"))
+        parameters = self._explaining.part_parameters(state.cell, explainer, latents)
+        part = self._explaining.stage.found_part(explainer.name, parameters)
+        return None if part is None else self.store.table(part.blob)
+
+    def _score(self, state: _Cell, name: str, work: ScoringWork) -> Iterator[Piece]:
+        for explainer in self.study.explainers:
+            if self._is_scored(state, explainer, work):
+                yield self._piece(name, state, explainer, None)
+            elif explainer not in state.explanations:
+                yield self._piece(name, state, explainer, iter(()), waits=True)
+            else:
+                frame = state.explanations[explainer]
+                explained = Explained(frame, state.selection, state.donors)
+                judging = work.verdicts(state.cell, explainer, explained)
+                piece = self._piece(name, state, explainer, judging)
+                yield piece
+                deque(piece.asked, maxlen=0)
+
+    def _is_scored(self, state: _Cell, explainer: str, work: ScoringWork) -> bool:
+        if state.made is None:
+            return False
+        work.stage.take(EXPLAIN, state.cell, state.made)
+        if work.stage.made(state.cell) is not None:
+            return True
+        parameters = work.part_parameters(state.cell, explainer)
+        return work.stage.found_part(explainer, parameters) is not None
+
+    def _piece(
+        self,
+        stage: str,
+        state: _Cell,
+        explainer: str,
+        answering: Iterator[object] | None,
+        *,
+        waits: bool = False,
+    ) -> Piece:
+        model = self._explainer if stage == EXPLAIN else self._judge
+        asked = iter(()) if answering is None else _heard(model, answering, state.pending)
+        return Piece(stage, state.cell, explainer, model, answering is None, waits, asked)
+
+    def _upstream_stages(self) -> dict[str, StageInputs]:
+        model, corpus = SubjectModels().of(self.study), Corpora().of(self.study)
+        external: External = {
+            "subject_model": lambda _: model.identity(),
+            "corpus": lambda _: corpus.identity(),
+            "sparse_coders": self._coder_version,
+        }
+        return {
+            name: StageInputs.of(self.store, self.study, name, external=external)
+            for name in _UPSTREAM
+        }
+
+    def _coder_version(self, place: Place) -> str:
+        assert isinstance(place, LayerKey)  # the scope of sparse_coders
+        return self._coders.identity(self.study, place)
+
+    def _explaining_work(self, detokenizer: Detokenizer) -> ExplainingWork:
+        stage = StageInputs.of(
+            self.store,
+            self.study,
+            EXPLAIN,
+            models={"explainer_llm": self._explainer.identity},
+            external={"sparse_coders": self._coder_version},
+        )
+        explainers = [make_explainer(name, c) for name, c in self.study.explainers.items()]
+        return ExplainingWork(
+            stage, self.study, explainers, self._explainer, self._coders, detokenizer, silent
+        )
+
+    def _scoring_work(self, stage_name: str, detokenizer: Detokenizer) -> ScoringWork:
+        models = {"judge": self._judge.identity}
+        stage = StageInputs.of(self.store, self.study, stage_name, models=models)
+        name = stage_name.removeprefix("score_")
+        verdicts = labelling(name, self.study, detokenizer, self._coders, self._judge)
+        return ScoringWork(stage, self.study, verdicts, silent)
+
+
+def _kept(answers: Iterator[Explanation], kept: list[Explanation]) -> Iterator[Explanation]:
+    for answer in answers:
+        kept.append(answer)
+        yield answer
+
+
+def _heard(model: Replayed, answering: Iterator[object], pending: set[int]) -> Iterator[Asked]:
+    """What a model is asked while somebody goes through its answers.
+
+    Each call is pending once: a run would find the second one under way or in the journal.
+    """
+    model.heard.clear()
+    for _ in answering:
+        while model.heard:
+            request, completion = model.heard.popleft()
+            short = int(completion.call_id[:16], 16)  # a set of numbers is half as large
+            is_pending = completion.reason == "not_recorded" and short not in pending
+            if is_pending:
+                pending.add(short)
+            yield Asked(request, completion.call_id, completion, is_pending)
