@@ -51,6 +51,8 @@ class Part(_Entry):
     blob: Blob
     complete: bool = True
     """False if a budget cut it short; such a part is not kept for reuse."""
+    cost: dict[str, Any] = Field(default_factory=dict)
+    """What the language model's answers behind it cost, whichever run paid for them."""
 
 
 class Upstream(_Entry):

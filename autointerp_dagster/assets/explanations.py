@@ -8,7 +8,7 @@ from autointerp_dagster.core.explainers import Explainer, make_explainer
 from autointerp_dagster.partitions import stage_asset
 from autointerp_dagster.resources.coders import Coders
 from autointerp_dagster.resources.explaining import Explaining
-from autointerp_dagster.resources.llms import LLMs, paid
+from autointerp_dagster.resources.llms import LLMs
 from autointerp_dagster.resources.models import SubjectModels
 from autointerp_dagster.resources.progress import ProgressDisplay
 from autointerp_dagster.resources.store import StoreResource
@@ -44,7 +44,7 @@ def build_explanations(study: Study) -> dg.AssetsDefinition:
                     coders=coders,
                     detokenizer=models.of(study).detokenizer,
                     progress=progress.on(context),
-                    usage=lambda: paid(llm),
+                    meter=llm,
                 )
                 explaining.commit_cells()
                 yield from stage.report()

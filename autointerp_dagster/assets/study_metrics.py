@@ -1,12 +1,14 @@
-"""Comparisons over the whole study: own against floor, explainers, scorers, layers."""
+"""Over the whole study: own against floor, explainers, scorers, layers; what it all cost."""
 
 from collections.abc import Iterator
 
 import dagster as dg
+import polars as pl
 
-from autointerp_dagster.core.metrics import study_metrics_of
+from autointerp_dagster.core.metrics import cost_rows, study_metrics_of
 from autointerp_dagster.core.schemas import LATENT_METRICS, STUDY_METRICS
 from autointerp_dagster.partitions import stage_asset
+from autointerp_dagster.resources.metering import costs_behind
 from autointerp_dagster.resources.plots import preview
 from autointerp_dagster.resources.store import Commit, StoreResource
 from autointerp_dagster.study import Study
@@ -21,12 +23,14 @@ def build_study_metrics(study: Study) -> dg.AssetsDefinition:
     ) -> Iterator[dg.MaterializeResult]:
         with store.stage(context, study, "study_metrics") as stage:
             for place in stage.pending():
-                metrics = study_metrics_of(
+                compared = study_metrics_of(
                     stage.table("latent_metrics", place, LATENT_METRICS.name), study.metrics
                 )
+                costs = cost_rows(costs_behind(stage, place))
+                metrics = STUDY_METRICS.conform(pl.concat([compared, costs]))
                 blob = stage.store.put_table(STUDY_METRICS, metrics)
                 shown = {"comparisons": preview(metrics)}
-                summary = {"n_comparisons": metrics.height}
+                summary = {"n_comparisons": compared.height}
                 stage.commit(place, Commit([blob], summary, stage.all_complete(place), shown=shown))
             yield from stage.report()
 

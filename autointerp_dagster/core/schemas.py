@@ -299,7 +299,7 @@ LAYER_METRICS = Table(
 STUDY_METRICS = Table(
     "study_metrics",
     {
-        "comparison": pl.String,  # subject, explainer, scorer, layer
+        "comparison": pl.String,  # subject, explainer, scorer, layer, cost
         "a": pl.String,
         "b": pl.String,
         "explainer": pl.String,

@@ -1,24 +1,32 @@
-"""Language models that explain and judge, each with its journal and the run's budget behind it."""
+"""Language models that explain and judge, each behind its journal and the study's budget."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from datetime import timedelta
 
 import dagster as dg
-from pydantic import PrivateAttr
+from pydantic import Field
 
-from autointerp_dagster.adapters.llm import JournaledLLM, open_journal, open_llm
+from autointerp_dagster.adapters.llm import (
+    JournaledLLM,
+    Ledger,
+    Mode,
+    SpendFile,
+    open_journal,
+    open_llm,
+)
 from autointerp_dagster.adapters.storage import Store
-from autointerp_dagster.core.config import LLMConfig, LocalLLMConfig
-from autointerp_dagster.core.llm import Usage
+from autointerp_dagster.core.config import LLMConfig
 from autointerp_dagster.study import Study
 
 
 class LLMs(dg.ConfigurableResource):
     """Opens the language model that plays a part in a study, for the length of a step."""
 
-    _paid: dict[str, Usage] = PrivateAttr(default_factory=dict)
-    """By run: what its finished steps paid remote models."""
+    mode: Mode = Field(
+        default="record",
+        description="record: what the journal lacks is asked and kept; replay: nothing is sent.",
+    )
 
     @contextmanager
     def explainer(
@@ -41,28 +49,17 @@ class LLMs(dg.ConfigurableResource):
     def _open(
         self, run_id: str, study: Study, store: Store, config: LLMConfig
     ) -> Iterator[JournaledLLM]:
-        """A model that may spend what the run has left; a model in this process costs nothing."""
-        before = self._paid.get(run_id, Usage())
-        is_local = isinstance(config, LocalLLMConfig)
-        usd, tokens = study.budget.usd, study.budget.tokens
+        """A model that may spend what run and study have left; one in this process is free."""
+        hours = study.budget.hours
         with (
             open_journal(store.root) as journal,
+            Ledger(study.budget, SpendFile(store.root, study.name, run_id)) as ledger,
             open_llm(
                 config,
                 journal=journal,
-                budget_usd=None if usd is None or is_local else max(0.0, usd - before.usd),
-                budget_tokens=(
-                    None if tokens is None or is_local else max(0, tokens - before.n_tokens)
-                ),
+                ledger=ledger,
+                deadline=None if hours is None else timedelta(hours=hours),
+                mode=self.mode,
             ) as llm,
         ):
-            try:
-                yield llm
-            finally:
-                if not is_local:
-                    self._paid[run_id] = before + llm.usage
-
-
-def paid(llm: JournaledLLM) -> Mapping[str, float]:
-    """What a model was paid so far in this step."""
-    return asdict(llm.usage)
+            yield llm

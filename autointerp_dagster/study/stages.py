@@ -142,10 +142,10 @@ STAGES: dict[str, Stage] = {
         Stage(
             "study_metrics",
             "study",
-            "1",
+            "2",
             ("latent_metrics", "layer_metrics"),
             kinds=("polars", "parquet"),
-            description="Comparisons: own against floor, explainers, scorers, layers.",
+            description="Own against floor, explainers, scorers, layers compared; and the cost.",
             follows=True,
         ),
     )

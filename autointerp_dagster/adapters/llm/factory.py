@@ -1,17 +1,23 @@
 """From a study's description of a language model to the model."""
 
+from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 from upath import UPath
 
 from autointerp_dagster.adapters.llm.backend import Backend
-from autointerp_dagster.adapters.llm.client import JournaledLLM
-from autointerp_dagster.adapters.llm.journal import Journal
-from autointerp_dagster.adapters.llm.segments import is_local
+from autointerp_dagster.adapters.llm.client import JournaledLLM, Mode, OnMissing
+from autointerp_dagster.adapters.llm.journal.durable import is_local
+from autointerp_dagster.adapters.llm.journal.journal import Journal
+from autointerp_dagster.adapters.llm.ledger import Ledger
+from autointerp_dagster.adapters.llm.managed.servers import ManagedServers
 from autointerp_dagster.core.config.models import LLMConfig, LocalLLMConfig
 from autointerp_dagster.core.errors import ModelError
 
 EMBEDDED = "embedded:"
+SERVER_LOGS = "server-logs"
+"""Folder of the user's cache where servers that a run started keep their logs."""
 
 
 def open_journal(root: UPath) -> Journal:
@@ -32,8 +38,10 @@ def open_llm(
     *,
     journal: Journal,
     model_dir: Path | None = None,
-    budget_usd: float | None = None,
-    budget_tokens: int | None = None,
+    ledger: Ledger | None = None,
+    deadline: float | timedelta | None = None,
+    mode: Mode = "record",
+    on_missing: OnMissing | None = None,
 ) -> JournaledLLM:
     """The language model that a study describes. Close it after use; the journal stays open.
 
@@ -44,30 +52,48 @@ def open_llm(
         config: Where the model runs.
         journal: Where completed calls are kept.
         model_dir: Where an ``embedded:`` model is unpacked; null: the user's cache folder.
-        budget_usd: Stop calling once this much was spent; null: no limit.
-        budget_tokens: Likewise, prompt and completion tokens together.
+        ledger: The run's budget; null: no limit. A model in this process costs nothing.
+        deadline: See :class:`~.client.JournaledLLM`; so are ``mode`` and ``on_missing``.
+        mode: ``replay`` sends nothing.
+        on_missing: Told of each call that a replay lacks.
 
     Raises:
         LLMError: If the endpoint's address carries credentials.
         ModelError: If a local model cannot be found.
     """
+    account = None
+    if ledger is not None and not isinstance(config, LocalLLMConfig):
+        account = ledger.account(config)
     return JournaledLLM(
         open_backend(config, model_dir),
         journal,
-        budget_usd=budget_usd,
-        budget_tokens=budget_tokens,
+        account=account,
+        deadline=deadline,
+        mode=mode,
+        on_missing=on_missing,
     )
 
 
 def open_backend(config: LLMConfig, model_dir: Path | None = None) -> Backend:
     """The model without journal and budget; see :func:`open_llm`."""
     if isinstance(config, LocalLLMConfig):
-        from autointerp_dagster.adapters.llm.local_backend import LocalBackend
+        from autointerp_dagster.adapters.llm.local.backend import LocalBackend
 
         return LocalBackend(find_model(config, model_dir), config)
-    from autointerp_dagster.adapters.llm.openai_backend import OpenAIBackend
+    if config.serve is not None:
+        from autointerp_dagster.adapters.embedded import cache_folder
+        from autointerp_dagster.adapters.llm.managed.backend import ManagedBackend
+
+        return ManagedBackend(config, _servers(), cache_folder() / SERVER_LOGS)
+    from autointerp_dagster.adapters.llm.remote.backend import OpenAIBackend
 
     return OpenAIBackend(config)
+
+
+@cache
+def _servers() -> ManagedServers:
+    """Those of this process; they end with it."""
+    return ManagedServers()
 
 
 def find_model(config: LocalLLMConfig, model_dir: Path | None = None) -> Path:

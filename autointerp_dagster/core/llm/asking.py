@@ -112,6 +112,16 @@ class Usage:
             self.estimated_tokens + other.estimated_tokens,
         )
 
+    def __sub__(self, other: "Usage") -> "Usage":
+        """The difference, field by field."""
+        return Usage(
+            self.prompt_tokens - other.prompt_tokens,
+            self.cached_tokens - other.cached_tokens,
+            self.completion_tokens - other.completion_tokens,
+            self.usd - other.usd,
+            self.estimated_tokens - other.estimated_tokens,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:
