@@ -53,6 +53,10 @@ _LINE_OPENING = re.compile(
 )
 """Numbering, and words that name a part of a prompt or a role, where a line begins."""
 
+_UNUSUAL = re.compile(r"[^ -;=?-\[\]-~]")
+"""What may need escaping wherever it stands: all but the printable ASCII without ``<``, ``>`` and
+the backslash. Most text has none, and prompts are built for every call."""
+
 _ESCAPED = re.compile(r"\\(?:x([0-9a-f]{2})|u([0-9a-f]{4})|U([0-9a-f]{8})|(.))|([\u2039\u203a])")
 
 
@@ -200,7 +204,9 @@ def _wrap(run: str) -> str:
 
 
 def _escaped_characters(text: str) -> list[str]:
-    characters = [_escape_character(c) for c in text]
+    characters = list(text)
+    for found in _UNUSUAL.finditer(text):
+        characters[found.start()] = _escape_character(found[0])
     for pattern in (_BRACKETED, _LINE_OPENING):
         for found in pattern.finditer(text):
             place = next(found.start(g) for g in range(1, pattern.groups + 1) if found[g])
