@@ -12,8 +12,8 @@ from dagster._core.definitions.data_version import CachingStaleStatusResolver
 from dagster._core.loader import LoadingContextForTest
 from planted import answer, write_study
 
-from autointerp_dagster.adapters.llm.fake_server import FakeLLMServer, Fault
-from autointerp_dagster.adapters.llm.rule_judge import ChatMessages
+from autointerp_dagster.adapters.llm.fake.rule_judge import ChatMessages
+from autointerp_dagster.adapters.llm.fake.server import FakeLLMServer, Fault
 from autointerp_dagster.adapters.manifests import Manifest
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.cli.run import Selection, materialize

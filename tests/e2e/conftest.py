@@ -9,7 +9,7 @@ import pytest
 from bench import SMALL, Bench, Script, in_flight
 from planted import build_world
 
-from autointerp_dagster.adapters.llm.fake_server import FakeLLMServer
+from autointerp_dagster.adapters.llm.fake.server import FakeLLMServer
 
 _SCRIPT = Script()
 

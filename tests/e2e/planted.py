@@ -33,7 +33,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from autointerp_dagster.adapters.llm.rule_judge import ChatMessages
+from autointerp_dagster.adapters.llm.fake.rule_judge import ChatMessages
 from autointerp_dagster.core.highlight import unescape
 from autointerp_dagster.core.llm import FreeText
 from autointerp_dagster.core.prompts import (

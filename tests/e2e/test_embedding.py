@@ -8,7 +8,7 @@ import pytest
 from bench import SMALL, Bench
 from planted import CLASS_OF, CLASSES, VOCABULARY
 
-from autointerp_dagster.adapters.llm.fake_server import FakeLLMServer
+from autointerp_dagster.adapters.llm.fake.server import FakeLLMServer
 
 NAMES = {
     "digits": "digit", "colours": "colour", "animals": "animal", "fruits": "fruit",

@@ -17,8 +17,8 @@ import pytest
 from bench import Bench, Name, Script, in_flight
 from planted import answer
 
-from autointerp_dagster.adapters.llm.fake_server import FakeLLMServer
-from autointerp_dagster.adapters.llm.rule_judge import ChatMessages
+from autointerp_dagster.adapters.llm.fake.rule_judge import ChatMessages
+from autointerp_dagster.adapters.llm.fake.server import FakeLLMServer
 from autointerp_dagster.core.errors import LLMError
 from autointerp_dagster.core.prompts import DESCRIPTION_LABEL, asked_for
 from autointerp_dagster.core.schemas import VERDICTS

@@ -9,7 +9,7 @@ from bench import Bench, Script, in_flight
 from planted import N_DOCUMENTS, NUM_LATENTS, build_world, write_corpus
 from polars.testing import assert_frame_equal
 
-from autointerp_dagster.adapters.llm.fake_server import FakeLLMServer
+from autointerp_dagster.adapters.llm.fake.server import FakeLLMServer
 from autointerp_dagster.core.types import Cell
 
 STAGE_TABLES = (

@@ -13,7 +13,7 @@ from bench import Bench, Name, in_flight
 from planted import DIM_OF, build_world
 from safetensors.torch import load_file, save_file
 
-from autointerp_dagster.adapters.llm.fake_server import FakeLLMServer
+from autointerp_dagster.adapters.llm.fake.server import FakeLLMServer
 from autointerp_dagster.adapters.subject_models import open_subject_model
 from autointerp_dagster.core.scorers import fuzzing
 

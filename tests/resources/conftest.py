@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))  # planted, bench
 from planted import answer, build_world
 from toy import Toy
 
-from autointerp_dagster.adapters.llm.fake_server import FakeLLMServer
+from autointerp_dagster.adapters.llm.fake.server import FakeLLMServer
 
 
 @pytest.fixture

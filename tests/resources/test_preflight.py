@@ -13,7 +13,7 @@ from bench import Bench
 from planted import D_MODEL, K, save_coder, write_study
 from safetensors.torch import save_file
 
-from autointerp_dagster.adapters.llm.fake_server import FakeLLMServer
+from autointerp_dagster.adapters.llm.fake.server import FakeLLMServer
 from autointerp_dagster.core.errors import (
     AutoInterpError,
     CoderError,

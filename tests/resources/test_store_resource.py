@@ -10,7 +10,7 @@ import pytest
 from bench import Bench
 from toy import ALL, H0, H1, LINES, WIDTH, BrokenError, Toy, lines
 
-from autointerp_dagster.adapters.llm.fake_server import FakeLLMServer
+from autointerp_dagster.adapters.llm.fake.server import FakeLLMServer
 from autointerp_dagster.adapters.manifests import Part
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.types import Place

@@ -1,28 +1,29 @@
 """The one way to ask a language model: journal first, then the model, within a budget.
 
-A request passes: 1. the journal; 2. the same call already under way; 3. the budget; 4. the model,
-again after a transport failure; 5. the journal again, before anybody sees the answer; 6. a check
-of the format, and a repeat that quotes the fault. Nothing here draws lots that a result depends on.
+A request passes: 1. the journal; 2. the same call already under way; 3. limit, pause, deadline and
+budget; 4. the model, again after a failure; 5. the journal again, before anybody sees the answer;
+6. a check of the format, and a repeat that quotes the fault. Steps 1 and 6 happen where the caller
+waits, the others in ``sender``'s thread; the two exchange lists, for a hand-over costs more than
+all else that is done here for a request.
 """
 
-import asyncio
-import logging
-import random
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
-from queue import SimpleQueue
-from typing import Literal, NamedTuple, Self
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from datetime import timedelta
+from math import inf
+from typing import Literal, Self
 
-from autointerp_dagster.adapters.llm.backend import Backend, CallError, Reply
-from autointerp_dagster.adapters.llm.journal import Entry, Journal
-from autointerp_dagster.adapters.llm.loop import LoopThread
-from autointerp_dagster.core.errors import LLMError
-from autointerp_dagster.core.llm import Completion, Message, Request, Usage
+from autointerp_dagster.adapters.llm.backend import Backend
+from autointerp_dagster.adapters.llm.flow import Backoff
+from autointerp_dagster.adapters.llm.journal.journal import Journal
+from autointerp_dagster.adapters.llm.ledger import Account
+from autointerp_dagster.adapters.llm.questions import Group, Inbox
+from autointerp_dagster.adapters.llm.sender import Sender
+from autointerp_dagster.core.llm import Completion, Request, Usage
 from autointerp_dagster.core.schemas import VerdictReason
 
-MAX_REPEATS = 3
-"""How often a question is asked again after an answer in the wrong format."""
+__all__ = ["Backoff", "JournaledLLM", "Mode", "OnMissing"]
 
 Answered = tuple[Request, Completion]
 
@@ -32,109 +33,8 @@ Mode = Literal["record", "replay"]
 OnMissing = Callable[[Request, str], None]
 """Told, in replay, of each call that the journal lacks, with its id."""
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Backoff:
-    """Exponential waits with full jitter between tries of one call."""
-
-    tries: int = 5
-    """Before a call is given up."""
-    unreachable_tries: int = 3
-    """Before an endpoint that never answered is given up; then nothing is asked any more."""
-    first_s: float = 0.5
-    """Upper end of the first wait; doubles with every try."""
-    longest_s: float = 30.0
-
-    def wait_s(self, n_tried: int, retry_after_s: float | None, lot: float) -> float:
-        """Seconds to wait after ``n_tried`` >= 1 tries.
-
-        Args:
-            n_tried: Tries so far.
-            retry_after_s: What the server asked for; never undercut.
-            lot: Uniform in [0, 1).
-        """
-        jittered = lot * min(self.longest_s, self.first_s * 2 ** (n_tried - 1))
-        return jittered + (retry_after_s or 0.0)
-
-
-class _Call(NamedTuple):
-    """One attempt: the model's reply, or why there is none."""
-
-    call_id: str
-    reply: Reply | None
-    reason: VerdictReason | None
-    """Null if there is a text whose format is still to be judged."""
-    from_journal: bool
-    usage: Usage = Usage()
-
-    def seen_again(self) -> "_Call":
-        """The same call for somebody who did not pay for it."""
-        return self._replace(from_journal=True, usage=Usage())
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A group of calls under way, and how many wait for it."""
-
-    task: "asyncio.Task[list[_Call]]"
-    n_waiting: int = 0
-
-
-@dataclass(slots=True)
-class _Question:
-    """A request on its way to a completion."""
-
-    request: Request
-    asked: Request = field(init=False)
-    """As last asked: the request, or a repeat that quotes a fault."""
-    usage: Usage = field(default_factory=Usage)
-    from_journal: bool = True
-    completion: Completion | None = None
-
-    def __post_init__(self) -> None:
-        self.asked = self.request
-
-    def settle(self, call: _Call) -> None:
-        """Take the outcome of the last attempt: complete, or ask again."""
-        self.usage += call.usage
-        self.from_journal = self.from_journal and call.from_journal
-        text = call.reply.text if call.reply is not None else None
-        if call.reason is not None or text is None:
-            self._complete(call, text, call.reason)
-            return
-        fault = self.request.answer.fault(text)
-        n_repeats = self.asked.attempt - self.request.attempt
-        if fault is None:
-            self._complete(call, text, None)
-        elif n_repeats >= MAX_REPEATS:
-            self._complete(call, text, "unparsable")
-        else:
-            self.asked = repeat_of(self.asked, self.request, text, fault)
-
-    def _complete(self, call: _Call, text: str | None, reason: VerdictReason | None) -> None:
-        self.completion = Completion(
-            call_id=call.call_id,
-            text=text,
-            tokens=call.reply.tokens if call.reply is not None else None,
-            reason=reason,
-            n_calls=1 + self.asked.attempt - self.request.attempt,
-            from_journal=self.from_journal,
-            usage=self.usage,
-        )
-
-
-def repeat_of(asked: Request, original: Request, text: str, fault: str) -> Request:
-    """``original`` asked again, after the faulty answer ``text`` to ``asked``.
-
-    Only the last fault is quoted, so a repeat does not grow with every attempt.
-    """
-    turns = (
-        Message("assistant", text),
-        Message("user", f"That answer could not be read: {fault}. Answer again in the format."),
-    )
-    return replace(asked, messages=original.messages + turns, attempt=asked.attempt + 1)
+HAND_OVER = 16
+"""Groups handed to the sender at once, at most: prompts are built while others are sent."""
 
 
 class JournaledLLM:
@@ -149,8 +49,8 @@ class JournaledLLM:
         journal: Journal,
         *,
         max_in_flight: int | None = None,
-        budget_usd: float | None = None,
-        budget_tokens: int | None = None,
+        account: Account | None = None,
+        deadline: float | timedelta | None = None,
         backoff: Backoff | None = None,
         mode: Mode = "record",
         on_missing: OnMissing | None = None,
@@ -160,33 +60,50 @@ class JournaledLLM:
         Args:
             backend: The model.
             journal: Where completed calls are kept.
-            max_in_flight: Groups under way at once; null: the backend's.
-            budget_usd: Stop calling once this much was spent. Calls then under way still count.
-            budget_tokens: Likewise, prompt and completion tokens together.
-            backoff: Waits between tries.
+            max_in_flight: Groups under way at once, over all callers; null: the backend's.
+            account: Asked before each call whether it may be paid; null: nothing is counted.
+            deadline: From now, or in seconds of the monotonic clock. After it nothing is sent and
+                what the journal lacks has reason ``deadline``; calls under way may end.
+            backoff: Waits between tries, and how many.
             mode: In ``replay`` a call that the journal lacks has reason ``not_recorded``.
-            on_missing: Told of each of these; called from the background thread.
+            on_missing: Told of each of these, in the caller's thread.
         """
-        self._mode = mode
-        self._on_missing = on_missing
+        if isinstance(deadline, timedelta):
+            deadline = time.monotonic() + deadline.total_seconds()
         self.identity = backend.identity
         self._backend = backend
         self._journal = journal
-        self._limit = max_in_flight or backend.max_in_flight
-        self._budget_usd = budget_usd
-        self._budget_tokens = budget_tokens
-        self._backoff = backoff or Backoff()
-        self._usage = Usage()
-        self._has_answered = False
-        self._lots = random.Random()  # waits only
-        self._loop = LoopThread("llm")
-        self._slots = asyncio.Semaphore(self._limit)
-        self._flights: dict[tuple[str, ...], _Flight] = {}
+        self._account = account
+        self._deadline = inf if deadline is None else deadline
+        self._mode = mode
+        self._on_missing = on_missing
+        limit = max_in_flight or backend.max_in_flight
+        self._look_ahead = 2 * limit
+        self._counting = threading.Lock()
+        self._cost = Usage()
+        self._sender = Sender(
+            backend,
+            journal,
+            max_in_flight=limit,
+            account=account,
+            backoff=backoff or Backoff(),
+            deadline=self._deadline,
+        )
 
     @property
     def usage(self) -> Usage:
         """What was paid so far, by all callers."""
-        return self._usage
+        return self._sender.usage
+
+    @property
+    def cost(self) -> Usage:
+        """What all answers given so far cost, in whatever run they were paid for."""
+        return self._cost
+
+    @property
+    def capabilities(self) -> Mapping[str, bool] | None:
+        """What the model was seen to offer; null before its first answer."""
+        return self._backend.capabilities
 
     def __enter__(self) -> Self:
         return self
@@ -196,140 +113,83 @@ class JournaledLLM:
 
     def close(self) -> None:
         """Cancel what is under way and end the background thread."""
-        self._loop.close(self._backend.close())
+        self._sender.close()
 
-    def answer(self, requests: Iterable[Request]) -> Iterator[Answered]:
+    def answer(self, requests: Iterable[Request]) -> Generator[Answered, None, None]:
         """See :meth:`autointerp_dagster.core.llm.LLM.answer`.
 
         At most twice the limit in flight is drawn ahead of what was yielded. A caller that stops
         early cancels its calls; those that were complete are in the journal.
+
+        Raises:
+            LLMError: If the endpoint cannot be asked at all, or stopped answering for good; what
+                was answered is in the journal.
+            StoreError: If the journal cannot be read or written.
         """
-        done: SimpleQueue[Future[list[Answered]]] = SimpleQueue()
-        waiting: set[Future[list[Answered]]] = set()
+        waiting: set[Group] = set()
         try:
-            for group in self._backend.groups(requests):
-                for block in dict.fromkeys(request.block for request in group):
-                    self._journal.load(block)
-                future = self._loop.submit(self._answer_group(group))
-                waiting.add(future)
-                future.add_done_callback(done.put)
-                while waiting and (len(waiting) >= 2 * self._limit or not done.empty()):
-                    yield from self._next(done, waiting)
-            while waiting:
-                yield from self._next(done, waiting)
+            for group in self._completed(requests, waiting):
+                answers = list(group.answers())
+                with self._counting:
+                    self._cost = sum((done.cost for _, done in answers), start=self._cost)
+                yield from answers
         finally:
-            for future in waiting:
-                future.cancel()
+            if waiting:
+                self._sender.abandon(waiting)
 
-    def _next(
-        self, done: "SimpleQueue[Future[list[Answered]]]", waiting: set[Future[list[Answered]]]
-    ) -> list[Answered]:
-        future = done.get()
-        waiting.remove(future)
-        return future.result()
+    def _completed(self, requests: Iterable[Request], waiting: set[Group]) -> Iterator[Group]:
+        """Groups as they are completed; ``waiting`` holds those drawn and not yet yielded."""
+        inbox = Inbox()
+        unsent: list[Group] = []
+        for group in self._groups(requests, inbox):
+            is_open = bool(group.open)
+            if is_open:
+                waiting.add(group)
+                unsent.append(group)
+                is_full = len(waiting) >= self._look_ahead
+                if not is_full and inbox.is_empty and len(unsent) < HAND_OVER:
+                    continue
+            if unsent:  # before anything is yielded, for nobody knows when the caller comes back
+                self._sender.send(unsent)
+                unsent = []
+            if not is_open:
+                yield group
+            while waiting and (len(waiting) >= self._look_ahead or not inbox.is_empty):
+                yield from _come(inbox, waiting)
+        if unsent:
+            self._sender.send(unsent)
+        while waiting:
+            yield from _come(inbox, waiting)
 
-    async def _answer_group(self, group: list[Request]) -> list[Answered]:
-        questions = [_Question(request) for request in group]
-        open_ = questions
-        while open_:
-            calls = await self._calls([question.asked for question in open_])
-            for question, call in zip(open_, calls, strict=True):
-                question.settle(call)
-            open_ = [question for question in open_ if question.completion is None]
-        return [(q.request, q.completion) for q in questions if q.completion is not None]
+    def _groups(self, requests: Iterable[Request], inbox: Inbox) -> Iterator[Group]:
+        """The requests in groups, those complete for which nothing has to be sent."""
+        for drawn in self._backend.groups(requests):
+            for block in dict.fromkeys([request.block for request in drawn]):
+                self._journal.load(block)
+            group = Group(drawn, self.identity, inbox)
+            group.answer_from(self._journal.lookup)
+            reason = self._reason_not_to_send() if group.open else None
+            if reason is not None:
+                if reason == "not_recorded":
+                    self._report_missing(group)
+                group.settle_without(reason, self._journal.lookup)
+            yield group
 
-    async def _calls(self, asked: list[Request]) -> list[_Call]:
-        """One call per request: from the journal if it has them all, else the group as a whole."""
-        ids = [request.call_id(self.identity) for request in asked]
-        distinct = dict(zip(ids, asked, strict=True))
-        known = {i: self._journal.lookup(r.block, i) for i, r in distinct.items()}
-        if all(reply is not None for reply in known.values()):
-            return [_known(call_id, known[call_id]) for call_id in ids]
-        flown = {call.call_id: call for call in await self._join(distinct)}
-        calls = []
-        for call_id in ids:
-            # The journal wins, so that an answer never changes once it was used.
-            reply = known[call_id]
-            calls.append(flown[call_id] if reply is None else _known(call_id, reply))
-            flown[call_id] = flown[call_id].seen_again()
-        return calls
-
-    async def _join(self, distinct: dict[str, Request]) -> list[_Call]:
-        """Wait for these calls, and send them unless they are already under way."""
-        key = tuple(distinct)
-        flight = self._flights.get(key)
-        is_owner = flight is None
-        if flight is None:
-            flight = self._flights[key] = _Flight(asyncio.create_task(self._fly(distinct)))
-            flight.task.add_done_callback(lambda _: self._flights.pop(key, None))
-        flight.n_waiting += 1
-        try:
-            calls = await asyncio.shield(flight.task)
-        finally:
-            flight.n_waiting -= 1
-            if flight.n_waiting == 0:
-                flight.task.cancel()
-        return calls if is_owner else [call.seen_again() for call in calls]
-
-    async def _fly(self, distinct: dict[str, Request]) -> list[_Call]:
+    def _reason_not_to_send(self) -> VerdictReason | None:
         if self._mode == "replay":
-            for call_id, request in distinct.items():
-                if self._on_missing is not None:
-                    self._on_missing(request, call_id)
-            return [_Call(call_id, None, "not_recorded", False) for call_id in distinct]
-        async with self._slots:
-            if self._is_exhausted():
-                return [_Call(call_id, None, "budget", False) for call_id in distinct]
-            replies = await self._ask(list(distinct.values()))
-            if replies is None:
-                return [_Call(call_id, None, "call_failed", False) for call_id in distinct]
-            self._usage = sum((reply.usage for reply in replies), start=self._usage)
-        await self._record(distinct, replies)
-        return [
-            _Call(call_id, reply, reply.reason, False, reply.usage)
-            for call_id, reply in zip(distinct, replies, strict=True)
-        ]
+            return "not_recorded"
+        if time.monotonic() >= self._deadline:
+            return "deadline"
+        return "budget" if self._account is not None and self._account.is_exhausted else None
 
-    async def _record(self, distinct: dict[str, Request], replies: list[Reply]) -> None:
-        """Return once the replies would survive a crash."""
-        writes = [
-            self._journal.record(request.block, Entry.of(call_id, self.identity, request, reply))
-            for (call_id, request), reply in zip(distinct.items(), replies, strict=True)
-            if self._journal.lookup(request.block, call_id) is None
-        ]
-        await asyncio.gather(*(asyncio.wrap_future(write) for write in writes))
-
-    async def _ask(self, asked: list[Request]) -> list[Reply] | None:
-        """The backend's replies; null if it failed for good, which was logged."""
-        for n_tried in range(1, self._backoff.tries + 1):
-            try:
-                replies = await self._backend.ask(asked)
-            except CallError as error:
-                if self._is_hopeless(error, n_tried):
-                    raise LLMError(str(error)) from None
-                if not error.retriable or n_tried == self._backoff.tries:
-                    logger.warning("%s: gave up after %d tries: %s", self.identity, n_tried, error)
-                    break
-                lot = self._lots.random()
-                await asyncio.sleep(self._backoff.wait_s(n_tried, error.retry_after_s, lot))
-            else:
-                self._has_answered = True
-                return replies
-        return None
-
-    def _is_hopeless(self, error: CallError, n_tried: int) -> bool:
-        """Whether nothing was ever answered here, and nothing will be."""
-        if self._has_answered or not error.endpoint:
-            return False
-        return not error.retriable or n_tried >= self._backoff.unreachable_tries
-
-    def _is_exhausted(self) -> bool:
-        spent_tokens = self._usage.prompt_tokens + self._usage.completion_tokens
-        return (self._budget_usd is not None and self._usage.usd >= self._budget_usd) or (
-            self._budget_tokens is not None and spent_tokens >= self._budget_tokens
-        )
+    def _report_missing(self, group: Group) -> None:
+        if self._on_missing is not None:
+            for call_id, request in {q.call_id: q.asked for q in group.open}.items():
+                self._on_missing(request, call_id)
 
 
-def _known(call_id: str, reply: Reply | None) -> _Call:
-    assert reply is not None
-    return _Call(call_id, reply, reply.reason, True)
+def _come(inbox: Inbox, waiting: set[Group]) -> Iterator[Group]:
+    """What has come; waits for at least one group."""
+    for group in inbox.get():
+        waiting.remove(group)
+        yield group

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class LoopThread:
-    """Runs coroutines in a background thread, which is started by the first of them."""
+    """Runs what it is given in a background thread, which is started by the first of it."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -20,7 +20,19 @@ class LoopThread:
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Start ``coroutine``; cancelling the future cancels it."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._running_loop())
+        with self._lock:
+            return asyncio.run_coroutine_threadsafe(coroutine, self._running_loop())
+
+    def post(self, callback: Callable[..., None], *args: Any) -> None:
+        """Have ``callback(*args)`` called by the loop."""
+        with self._lock:
+            self._running_loop().call_soon_threadsafe(callback, *args)
+
+    def post_if_running(self, callback: Callable[..., None], *args: Any) -> None:
+        """Likewise, but do nothing if there is no loop."""
+        with self._lock:
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(callback, *args)
 
     def close(self, last: Coroutine[Any, Any, None]) -> None:
         """Cancel what still runs, run ``last``, and end the thread. Without effect if idle."""
@@ -35,14 +47,14 @@ class LoopThread:
         loop.close()
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(
-                    target=self._loop.run_forever, name=self._name, daemon=True
-                )
-                self._thread.start()
-            return self._loop
+        """The loop; starts it if need be. Called with the lock held."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(
+                target=self._loop.run_forever, name=self._name, daemon=True
+            )
+            self._thread.start()
+        return self._loop
 
 
 async def _finish(last: Coroutine[Any, Any, None]) -> None:

@@ -31,7 +31,7 @@ class SubjectModelConfig(Parameters, frozen=True):
 
 
 class LocalLLMConfig(Parameters, frozen=True):
-    """A chat model that runs inside this process through transformers."""
+    """A model that runs inside this process through transformers; chats need its chat template."""
 
     execution_only: ClassVar[frozenset[str]] = frozenset({"device", "threads"})
 

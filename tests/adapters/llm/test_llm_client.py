@@ -1,8 +1,17 @@
 import asyncio
 import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from llm_requests import BLOCK, FAST, ask, count_of, questions, remote
@@ -10,11 +19,13 @@ from upath import UPath
 
 from autointerp_dagster.adapters.llm.backend import Reply
 from autointerp_dagster.adapters.llm.client import Backoff, JournaledLLM
-from autointerp_dagster.adapters.llm.fake_server import FakeLLMServer
-from autointerp_dagster.adapters.llm.journal import Journal
-from autointerp_dagster.adapters.llm.openai_backend import OpenAIBackend
+from autointerp_dagster.adapters.llm.fake.server import FakeLLMServer
+from autointerp_dagster.adapters.llm.journal.journal import Journal
+from autointerp_dagster.adapters.llm.ledger import Ledger
+from autointerp_dagster.adapters.llm.remote.backend import OpenAIBackend
 from autointerp_dagster.core.errors import LLMError, StoreError
 from autointerp_dagster.core.llm import Completion, FreeText, Request, Usage
+from autointerp_dagster.study import BudgetConfig
 
 
 @pytest.fixture
@@ -25,7 +36,12 @@ def journal(tmp_path) -> Iterator[Journal]:
 
 def llm_at(server: FakeLLMServer, journal: Journal, limits=None, **changes) -> JournaledLLM:
     backend = OpenAIBackend(remote(server.base_url, **changes))
-    return JournaledLLM(backend, journal, backoff=FAST, **(limits or {}))
+    return JournaledLLM(backend, journal, **{"backoff": FAST, **(limits or {})})
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
 
 
 def answers(llm: JournaledLLM, requests: Iterable[Request]) -> dict[str, Completion]:
@@ -190,6 +206,32 @@ def test_requests_in_flight_reach_the_limit_and_never_exceed_it(journal):
         assert server.max_open == 7
 
 
+def test_all_that_one_latent_has_ready_is_in_flight_together(journal):
+    server = FakeLLMServer(count_of, latency_s=lambda i: 0.2)
+    with server, llm_at(server, journal) as llm:
+        answers(llm, questions(1))  # tells what the server can do
+        answers(llm, questions(21))
+        assert server.max_open == 20
+
+
+def test_the_same_call_in_two_threads_is_sent_once_and_paid_once(journal):
+    server = FakeLLMServer(count_of, latency_s=lambda i: 0.2)
+    with server, llm_at(server, journal) as llm:
+        completions: list[Completion] = []
+        callers = [
+            threading.Thread(target=lambda: completions.extend(answers(llm, questions(3)).values()))
+            for _ in range(4)
+        ]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+        assert len(server.requests) == 3
+    assert len(completions) == 12
+    assert sum((c.usage for c in completions), start=Usage()) == llm.usage
+    assert llm.usage.completion_tokens == 15
+
+
 def test_two_callers_of_one_llm_share_its_limit(journal):
     server = FakeLLMServer(count_of, latency_s=lambda i: 0.02)
     with server, llm_at(server, journal, max_in_flight=4) as llm:
@@ -258,27 +300,97 @@ def test_sampling_parameters_travel_with_each_request(journal):
     assert completion.text == "[1, 0]"
 
 
-def test_a_budget_in_tokens_stops_calling_but_the_journal_still_answers(journal):
-    # Every call costs 3 prompt and 5 completion tokens: the third one passes 20.
+# A call for one of these questions costs 3 prompt and 5 completion tokens; it is feared to cost
+# 23 prompt tokens (5 estimated, times 1.3, and 8 for each of 2 messages) and 64 for the answer.
+
+
+def test_a_budget_in_tokens_stops_calling_but_the_journal_still_answers(journal, caplog):
     with FakeLLMServer(count_of) as server:
-        limits = {"budget_tokens": 20}
-        with llm_at(server, journal, limits, max_in_flight=1) as llm:
+        # 2 calls done are 16 tokens: 16 + 87 = 103 is allowed, 24 + 87 = 111 is not.
+        account = Ledger(BudgetConfig(tokens=103)).account(remote(server.base_url))
+        with llm_at(server, journal, {"account": account}) as llm:
             first = answers(llm, questions(6))
             again = answers(llm, questions(6))
+            assert llm.usage.n_tokens == 24
         assert len(server.requests) == 3
-    assert reasons(first) == reasons(again) == [None] * 3 + ["budget"] * 3
+    assert sorted(map(str, reasons(first))) == ["None"] * 3 + ["budget"] * 3
+    assert reasons(first) == reasons(again)
     assert [c.text for c in first.values() if c.reason == "budget"] == [None] * 3
+    assert len([m for m in caplog.messages if "budget.tokens: 103 tokens would be" in m]) == 1
 
 
-def test_a_budget_in_dollars_stops_calling(journal):
-    # 3 prompt tokens at 1 $ and 5 completion tokens at 2 $ a million: 13e-6 $ a call.
+def test_a_budget_in_dollars_holds_for_two_models_together(journal):
     prices = {"usd_per_1m_prompt": 1.0, "usd_per_1m_completion": 2.0}
     with FakeLLMServer(count_of) as server:
-        limits = {"budget_usd": 20e-6}
-        with llm_at(server, journal, limits, max_in_flight=1, **prices) as llm:
-            completed = answers(llm, questions(4))
-            assert llm.usage.usd == pytest.approx(26e-6)
-    assert reasons(completed) == [None, None, "budget", "budget"]
+        # 3 + 2 * 5 = 13e-6 $ a call, feared to be 23 + 2 * 64 = 151e-6 $: 26e-6 + 151e-6 is
+        # allowed, 39e-6 + 151e-6 is not.
+        ledger = Ledger(BudgetConfig(usd=180e-6))
+        for alias, n_answered in [("explainer", 2), ("judge", 1)]:
+            config = remote(server.base_url, alias=alias, **prices)
+            limits = {"account": ledger.account(config)}
+            with llm_at(server, journal, limits, alias=alias, **prices) as llm:
+                n = 2 if alias == "explainer" else 4
+                completed = answers(llm, questions(n))
+            assert sum(c.reason is None for c in completed.values()) == n_answered
+        assert ledger.usage.usd == pytest.approx(39e-6)
+        assert len(server.requests) == 3
+
+
+def test_many_calls_in_flight_never_exceed_a_budget(journal):
+    server = FakeLLMServer(count_of, latency_s=lambda i: 0.01)
+    with server:
+        ledger = Ledger(BudgetConfig(tokens=400))
+        with llm_at(server, journal, {"account": ledger.account(remote(server.base_url))}) as llm:
+            completed = answers(llm, questions(100))
+    # Calls that cost less than feared make room for others: 39 are 312 tokens, 312 + 87 = 399.
+    assert ledger.usage.n_tokens == 8 * 40
+    assert sum(c.reason is None for c in completed.values()) == 40
+
+
+def test_a_deadline_that_has_passed_sends_nothing_but_the_journal_answers(journal):
+    with FakeLLMServer(count_of) as server:
+        with llm_at(server, journal) as llm:
+            answers(llm, questions(2))
+        with llm_at(server, journal, {"deadline": timedelta()}) as llm:
+            late = answers(llm, questions(4))
+        assert len(server.requests) == 2
+    assert reasons(late) == [None, None, "deadline", "deadline"]
+
+
+def test_calls_under_way_at_the_deadline_end_and_no_other_is_sent(journal):
+    server = FakeLLMServer(count_of, latency_s=lambda i: 0.1)
+    limits = {"deadline": time.monotonic() + 0.35}
+    with server, llm_at(server, journal, limits, max_in_flight=2) as llm:
+        completed = answers(llm, questions(50))
+        n_sent = len(server.requests)
+    n_answered = sum(c.reason is None for c in completed.values())
+    assert set(reasons(completed)) == {None, "deadline"}
+    assert (len(completed), n_answered) == (50, n_sent)
+
+
+def test_a_call_that_waits_for_another_try_gives_up_at_the_deadline(journal):
+    limits = {"deadline": timedelta(seconds=0.3)}
+    with FakeLLMServer(count_of, faults=lambda i: "500") as server:
+        backend = OpenAIBackend(remote(server.base_url))
+        slow = Backoff(first_s=1e6, longest_s=1e6)
+        with JournaledLLM(backend, journal, backoff=slow, **limits) as llm:
+            completed = answers(llm, questions(3))
+    assert reasons(completed) == ["deadline"] * 3
+
+
+def test_a_completion_tells_what_it_cost_whoever_paid(journal):
+    faults = ["short", None, None, None]
+    server = FakeLLMServer(count_of, faults=lambda i: faults[i])
+    with server, llm_at(server, journal, max_in_flight=1) as llm:
+        (first,) = answers(llm, questions(1)).values()
+        (again,) = answers(llm, questions(1)).values()
+        (twin, other) = (c for _, c in llm.answer([ask("question 2")] * 2))
+    # "[1]" is 3 tokens after 3 words, "[1, 0]" 5 after these, the answer and the complaint.
+    assert first.cost == first.usage
+    assert (first.n_calls, first.cost.completion_tokens) == (2, 3 + 5)
+    assert (again.cost, again.usage) == (first.cost, Usage())
+    assert {twin.usage, other.usage} == {Usage(3, 0, 5), Usage()}
+    assert twin.cost == other.cost == Usage(3, 0, 5)
 
 
 def test_nobody_listening_is_an_error_that_says_how_to_start_a_server(journal):
@@ -292,13 +404,73 @@ def test_nobody_listening_is_an_error_that_says_how_to_start_a_server(journal):
     assert config.base_url in str(caught.value)
 
 
-def test_a_server_that_goes_away_later_gives_rows_not_an_error(journal):
+def test_a_server_that_goes_away_for_good_stops_the_run_and_loses_nothing(journal):
+    with FakeLLMServer(count_of) as server, llm_at(server, journal) as llm:
+        stream = llm.answer(questions(1000))
+        first = [next(stream) for _ in range(10)]
+        server.__exit__()
+        with pytest.raises(LLMError, match="nothing is paid twice") as caught:
+            first += list(stream)
+        assert "vllm serve fake" in str(caught.value)
+        with pytest.raises(LLMError, match="in the journal"):
+            answers(llm, [ask("question 5000")])
+        kept = answers(llm, [request for request, _ in first])  # which needs no server
+    assert all(c.from_journal and c.reason is None for c in kept.values())
+
+
+def test_a_server_that_comes_back_is_asked_on(journal):
+    port = free_port()
+    served = FakeLLMServer(count_of, port=port)
+    with served, llm_at(served, journal, {"backoff": Backoff(first_s=0.05)}) as llm:
+        stream = llm.answer(questions(200))
+        completed = [next(stream)]
+        served.__exit__()
+        restart = threading.Timer(0.2, lambda: again.__enter__())
+        again = FakeLLMServer(count_of, port=port)
+        restart.start()
+        completed += list(stream)
+        restart.join()
+        again.__exit__()
+    assert len(completed) == 200
+    assert {c.reason for _, c in completed} == {None}
+
+
+def test_a_key_that_is_revoked_stops_the_run_after_five_calls_and_loses_nothing(journal):
+    server = FakeLLMServer(count_of, faults=lambda i: "403" if i >= 10 else None)
+    with server:
+        with (
+            llm_at(server, journal, max_in_flight=1) as llm,
+            pytest.raises(LLMError, match="10 answers are in the journal"),
+        ):
+            list(llm.answer(questions(1000)))
+        assert len(server.requests) == 10 + 5
+        server.requests.clear()
     with FakeLLMServer(count_of) as server:
-        llm = llm_at(server, journal)
-        answers(llm, questions(1))
-    completed = answers(llm, [ask("question 1")])
-    llm.close()
-    assert [c.reason for c in completed.values()] == ["call_failed"]
+        backend = OpenAIBackend(remote(server.base_url))
+        backend.identity = llm.identity
+        with JournaledLLM(backend, journal) as llm:
+            completed = answers(llm, questions(20))
+        assert len(server.requests) == 10
+    assert {c.reason for c in completed.values()} == {None}
+
+
+def test_an_error_reaches_every_caller(journal):
+    with FakeLLMServer(count_of) as server:
+        config = remote(server.base_url)
+    errors: list[LLMError] = []
+
+    def call(part: list[Request]) -> None:
+        with pytest.raises(LLMError) as caught:
+            list(llm.answer(part))
+        errors.append(caught.value)
+
+    with JournaledLLM(OpenAIBackend(config), journal, backoff=FAST) as llm:
+        callers = [threading.Thread(target=call, args=[questions(40)[i::4]]) for i in range(4)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+    assert len(errors) == 4
 
 
 def test_a_missing_key_variable_is_named(journal, monkeypatch):
@@ -372,17 +544,11 @@ def test_structured_outputs_ask_for_the_list_as_a_schema(journal):
     assert (schema["type"], schema["minItems"], schema["maxItems"]) == ("array", 2, 2)
 
 
-def test_waits_honour_what_the_server_asked_for_and_are_bounded():
-    backoff = Backoff(first_s=1.0, longest_s=4.0)
-    # 1, 2, 4 doubled, then cut at 4 seconds; Retry-After comes on top of the jitter.
-    assert [backoff.wait_s(n, None, 1.0) for n in (1, 2, 3, 4)] == [1.0, 2.0, 4.0, 4.0]
-    assert backoff.wait_s(1, 7.0, 0.0) == 7.0
-
-
 class UnitBackend:
     """Asks a unit as a whole, like a local model; the last of each unit is out of format once."""
 
     identity = "units"
+    capabilities = None
     max_in_flight = 1
 
     def __init__(self) -> None:
@@ -391,6 +557,9 @@ class UnitBackend:
     def groups(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
         requests = list(requests)
         return iter([[r for r in requests if r.unit == u] for u in ("a", "b")])
+
+    async def check(self) -> None:
+        pass
 
     async def ask(self, group: Sequence[Request]) -> list[Reply]:
         await asyncio.sleep(0)
@@ -438,9 +607,223 @@ def test_a_journal_that_cannot_be_written_ends_the_run(tmp_path):
         list(llm.answer(questions(3)))
 
 
+class EchoBackend:
+    """Answers at once, in this process; the tests below look at what it is asked, and when."""
+
+    identity = "echo"
+    capabilities = None
+
+    def __init__(self, max_in_flight: int) -> None:
+        self.max_in_flight = max_in_flight
+        self.asked: list[str] = []
+        self.cancelled: list[str] = []
+        self.held = asyncio.Event()
+        """Calls for question 1000 and more wait for it, for ever."""
+
+    def groups(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
+        return ([request] for request in requests)
+
+    async def ask(self, group: Sequence[Request]) -> list[Reply]:
+        (question,) = [request.messages[1].content for request in group]
+        self.asked.append(question)
+        if int(question.split()[1]) >= 1000:
+            try:
+                await self.held.wait()
+            except asyncio.CancelledError:
+                self.cancelled.append(question)
+                raise
+        return [Reply("[1, 0]", "stop", usage=Usage(3, 0, 5))]
+
+    async def check(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_in_flight_grows_to_the_limit_where_latency_holds(journal):
+    class Slow(EchoBackend):
+        async def ask(self, group: Sequence[Request]) -> list[Reply]:
+            await asyncio.sleep(0.05)
+            return await super().ask(group)
+
+    backend = Slow(max_in_flight=64)
+    held = [ask(f"question {1000 + i}") for i in range(200)]
+    with JournaledLLM(backend, journal) as llm:
+        stream = llm.answer([*questions(100), *held])
+        came = [next(stream) for _ in range(100)]
+        wait_until(lambda: len(backend.asked) == 100 + 64)
+        stream.close()
+        wait_until(lambda: len(backend.cancelled) == 64)
+    assert len(came) == 100
+    assert len(backend.asked) == 100 + 64
+
+
+class SlowJournal(Journal):
+    """Keeps calls as any journal does; says so a little later."""
+
+    n_durable = 0
+
+    def record(self, block, entry) -> Future[None]:
+        later: Future[None] = Future()
+        written = super().record(block, entry)
+
+        def acknowledge() -> None:
+            written.result()
+            self.n_durable += 1
+            later.set_result(None)
+
+        threading.Timer(0.005, acknowledge).start()
+        return later
+
+
+def test_no_more_calls_than_the_limit_are_paid_and_not_yet_durable(tmp_path):
+    class Watched(EchoBackend):
+        n_lost_if_killed = 0
+
+        async def ask(self, group: Sequence[Request]) -> list[Reply]:
+            replies = await super().ask(group)
+            n_lost = len(self.asked) - journal.n_durable
+            self.n_lost_if_killed = max(self.n_lost_if_killed, n_lost)
+            return replies
+
+    backend = Watched(max_in_flight=4)
+    with SlowJournal(UPath(tmp_path)) as journal, JournaledLLM(backend, journal) as llm:
+        assert len(answers(llm, questions(60))) == 60
+    assert backend.n_lost_if_killed == 4
+
+
+def test_a_caller_that_stops_early_cancels_its_calls_and_keeps_what_was_answered(journal):
+    backend = EchoBackend(max_in_flight=8)
+    with JournaledLLM(backend, journal) as llm:
+        stream = llm.answer([*questions(2), *(ask(f"question {1000 + i}") for i in range(4))])
+        came = [next(stream), next(stream)]
+        wait_until(lambda: len(backend.asked) == 6)
+        stream.close()
+        wait_until(lambda: len(backend.cancelled) == 4)
+        assert len(answers(llm, questions(4))) == 4  # and others go on
+    assert all(journal.lookup(BLOCK, completion.call_id) for _, completion in came)
+    assert sorted(backend.asked) == sorted({*backend.asked})
+
+
+def test_a_call_that_somebody_else_waits_for_is_not_cancelled(journal):
+    server = FakeLLMServer(count_of, latency_s=lambda i: 0.2)
+    with server, llm_at(server, journal) as llm:
+        leaves = llm.answer([ask("question 4"), *questions(1)])
+        stays: list[Completion] = []
+        caller = threading.Thread(target=lambda: stays.extend(answers(llm, questions(1)).values()))
+        first = threading.Thread(target=lambda: next(leaves))
+        first.start()
+        caller.start()
+        first.join()
+        leaves.close()
+        caller.join()
+        assert len(server.requests) == 2
+    assert stays[0].text == "[1, 0]"
+
+
+def test_closing_ends_the_wait_of_other_threads_with_an_error(journal):
+    backend = EchoBackend(max_in_flight=2)
+    llm = JournaledLLM(backend, journal)
+    errors: list[LLMError] = []
+
+    def wait() -> None:
+        with pytest.raises(LLMError, match="was closed") as caught:
+            list(llm.answer([ask("question 1000")]))
+        errors.append(caught.value)
+
+    caller = threading.Thread(target=wait)
+    caller.start()
+    wait_until(lambda: bool(backend.asked))
+    llm.close()
+    caller.join()
+    assert len(errors) == 1
+    assert backend.cancelled == ["question 1000"]
+
+
+def test_an_error_of_the_caller_who_makes_the_requests_reaches_the_caller(journal):
+    def broken() -> Iterator[Request]:
+        yield from questions(3)
+        raise ValueError("no more windows")
+
+    with (
+        JournaledLLM(EchoBackend(2), journal) as llm,
+        pytest.raises(ValueError, match="no more windows"),
+    ):
+        list(llm.answer(broken()))
+
+
+def test_a_mistake_in_a_backend_ends_the_wait(journal):
+    class Mistaken(EchoBackend):
+        async def ask(self, group: Sequence[Request]) -> list[Reply]:
+            raise TypeError("a mistake")
+
+    with (
+        JournaledLLM(Mistaken(2), journal) as llm,
+        pytest.raises(TypeError, match="a mistake"),
+    ):
+        list(llm.answer(questions(5)))
+
+
+def test_a_replay_sends_nothing_and_tells_of_each_call_that_is_missing(journal):
+    backend = EchoBackend(max_in_flight=2)
+    with JournaledLLM(backend, journal) as llm:
+        answers(llm, questions(2))
+    missing: list[tuple[str, str]] = []
+
+    def note(request: Request, call_id: str) -> None:
+        missing.append((request.messages[1].content, call_id))
+
+    with JournaledLLM(backend, journal, mode="replay", on_missing=note) as llm:
+        replayed = answers(llm, questions(4))
+    assert reasons(replayed) == [None, None, "not_recorded", "not_recorded"]
+    wanted = [(f"question {i}", ask(f"question {i}").call_id("echo")) for i in (2, 3)]
+    assert missing == wanted
+    assert len(backend.asked) == 2
+
+
 def test_whatever_else_decides_an_answer_is_in_the_models_identity():
     url = "http://host/v1"
     asked = [{}, {"structured_outputs": False}, {"extra_body": {"a": 1}}, {"alias": "ours"}]
     assert len({OpenAIBackend(remote(url, **more)).identity for more in asked}) == len(asked)
     faster = OpenAIBackend(remote(url, max_in_flight=2, timeout_s=1))
     assert faster.identity == OpenAIBackend(remote(url)).identity
+
+
+ASKS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from llm_requests import questions, remote
+from upath import UPath
+from autointerp_dagster.adapters.llm.client import JournaledLLM
+from autointerp_dagster.adapters.llm.journal.journal import Journal
+from autointerp_dagster.adapters.llm.remote.backend import OpenAIBackend
+journal = Journal(UPath(sys.argv[3]))
+with JournaledLLM(OpenAIBackend(remote(sys.argv[2], max_in_flight=16)), journal) as llm:
+    for _ in llm.answer(questions(10_000)):
+        pass
+"""
+
+
+def test_a_killed_process_pays_twice_for_no_more_than_was_in_flight(tmp_path):
+    here = str(Path(__file__).parent)
+    with FakeLLMServer(count_of, latency_s=lambda i: 0.02) as server:
+        for n_paid in (100, 300, 500):
+            asking = [sys.executable, "-c", ASKS, here, server.base_url, str(tmp_path)]
+            process = subprocess.Popen(asking)
+            wait_until(lambda n_paid=n_paid: len(server.requests) >= n_paid)
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+        with Journal(UPath(tmp_path)) as journal, llm_at(server, journal) as llm:
+            completed = answers(llm, questions(700))
+        asked = [body["messages"][1]["content"] for body in server.requests]
+    assert all(is_right(*item) for item in completed.items())
+    assert len(completed) == 700
+    assert len(asked) - len(set(asked)) <= 3 * 16
