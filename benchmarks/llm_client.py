@@ -41,8 +41,8 @@ from benchmarks.measure import Result
 
 LATENCY_S = 0.05
 IN_FLIGHT = 64
-N_LATENTS, N_WINDOWS = 100, 50
-"""At 5 windows per prompt: 2,000 requests."""
+N_LATENTS, N_WINDOWS = 300, 50
+"""At 5 windows per prompt: 6,000 requests, so that starting weighs little."""
 REPEATS = 3
 BARS = {"httpx": (1.8, 500.0), "aiohttp": (1.3, 750.0)}
 """By transport: CPU milliseconds per request at most, requests per second at least."""

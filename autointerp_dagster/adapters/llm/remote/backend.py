@@ -82,6 +82,8 @@ class OpenAIBackend:
         self._learnt = Learnt(self.identity, () if config.structured_outputs else STRUCTURED)
         self._probing = asyncio.Lock()
         self._client: openai.AsyncOpenAI | None = None
+        self._http: httpx2.AsyncClient | None = None
+        self._headers = httpx2.Headers()
 
     def __repr__(self) -> str:
         return f"OpenAIBackend({self.identity!r})"
@@ -122,8 +124,10 @@ class OpenAIBackend:
     async def _ask_one(self, request: Request) -> Reply:
         if isinstance(request.answer, PromptScores):
             return await self._score(request)
-        _, body = body_of(request, self._config, self._learnt.lacks)
-        async with self._learnt.trial(features_in(body)):
+        features = features_in(body_of(request, self._config, self._learnt.lacks)[1])
+        if self._learnt.knows(features):
+            return await self._exchange(request)
+        async with self._learnt.trial(features):
             return await self._exchange(request)
 
     async def _score(self, request: Request) -> Reply:
@@ -198,19 +202,28 @@ class OpenAIBackend:
         raise no_prompt_scores(self._config, f"got {failure}") from None
 
     async def _send(self, path: str, body: dict[str, Any]) -> bytes:
-        # The client's own low-level call: its typed methods walk through the whole prompt and
-        # build models of the answer, which takes more CPU time than everything else here.
+        # The official client's transport, headers and key, but not its typed methods and options:
+        # those take more CPU time than everything else that is done for a request.
+        client, http = self._connected(), self._http
+        assert http is not None
+        if not self._headers:
+            given = {**client.default_headers, **client.auth_headers}
+            self._headers = httpx2.Headers({k: v for k, v in given.items() if isinstance(v, str)})
+        request = httpx2.Request(
+            "POST", self._url + path, headers=self._headers, content=json.dumps(body).encode()
+        )
         async with asyncio.timeout(self._config.timeout_s):
-            response = await self._connected().post(path, body=body, cast_to=httpx2.Response)
+            response = await http.send(request)
+        if response.status_code >= 400:
+            raise openai_errors.of_response(response)
         return response.content
 
     def _connected(self) -> openai.AsyncOpenAI:
         if self._client is None:
+            key = self._key() or "none"  # else the client would take OPENAI_API_KEY
+            self._http = http_client(self._config.timeout_s, self.max_in_flight)
             self._client = openai.AsyncOpenAI(
-                base_url=self._url,
-                api_key=self._key() or "none",  # else the client would take OPENAI_API_KEY
-                max_retries=0,
-                http_client=http_client(self._config.timeout_s, self.max_in_flight),
+                base_url=self._url, api_key=key, max_retries=0, http_client=self._http
             )
         return self._client
 

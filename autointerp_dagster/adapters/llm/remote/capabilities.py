@@ -75,11 +75,11 @@ class Learnt:
     async def trial(self, features: Iterable[Feature]) -> AsyncIterator[None]:
         """Let one request at a time, or none for long, try what no request has tried yet."""
         is_mine = False
-        if not self._knows(features):
+        if not self.knows(features):
             with suppress(TimeoutError):
                 async with asyncio.timeout(TRIAL_WAIT_S):
                     is_mine = await self._trial.acquire()
-        if is_mine and self._knows(features):  # found out while we waited
+        if is_mine and self.knows(features):  # found out while we waited
             self._trial.release()
             is_mine = False
         try:
@@ -113,7 +113,8 @@ class Learnt:
             return False
         return self._follows
 
-    def _knows(self, features: Iterable[Feature]) -> bool:
+    def knows(self, features: Iterable[Feature]) -> bool:
+        """Whether nothing is left to try of these."""
         return set(features) <= self._taken | self._lacks
 
     def _warn(self, what: str) -> None:

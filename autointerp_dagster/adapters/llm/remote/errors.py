@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from typing import Any
 
+import httpx2
 import openai
 
 from autointerp_dagster.adapters.llm.backend import TOO_LONG, CallError, Reply
@@ -36,6 +38,17 @@ _HINTS: Mapping[Feature, tuple[str, ...]] = {
 _NEVER_GUESSED: frozenset[Feature] = frozenset({"max_tokens", "temperature"})
 """What is done without only where the complaint names it: models that reason refuse these."""
 _TOO_LONG_WORDS = ("context length", "context window", "context size", "context_length")
+
+
+def of_response(response: httpx2.Response) -> openai.APIStatusError:
+    """A refusal as the official client reports it: with the server's words, code and type."""
+    try:
+        body: Any = response.json()
+    except ValueError:
+        body = response.text
+    said = f"Error code: {response.status_code} - {body}"
+    body = body.get("error", body) if isinstance(body, dict) else body
+    return openai.APIStatusError(said, response=response, body=body)
 
 
 def as_reply(error: openai.APIStatusError) -> Reply | None:
