@@ -25,7 +25,8 @@ demo: $(READY)  ## Interpret real latents of a real model, from raw text to scor
 test: $(READY)  ## Run the tests (offline but for packages; minutes).
 	$(BIN)/python -m pytest
 
-slow: $(READY)  ## Run the long tests too.
+slow: $(READY)  ## Run the long tests too, against real servers (compiled on the first use).
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,servers]'
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 ui: $(READY)  ## Dagster's UI at http://127.0.0.1:3000; Ctrl-C stops it.

@@ -1,7 +1,8 @@
 """Reading a study file: YAML with line numbers, ``extends:``, and errors that say where.
 
 Relative paths count from the file that writes them, so a study that extends another finds the
-other's folders.
+other's folders. Mappings are merged key by key, but one that describes another kind of thing (a
+server where the other study has a folder, another ``kind``) takes the other's place.
 """
 
 import difflib
@@ -22,6 +23,9 @@ MAY_HOLD_SECRETS = ("base_url", "store")
 
 Keys = tuple[str | int, ...]
 """The way from the top of a file to a value."""
+
+_WHERE = frozenset({"source", "base_url", "serve"})
+"""Keys of which a model has one: where it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +137,18 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        both = isinstance(below, dict) and isinstance(value, dict)
-        merged[key] = _merge(below, value) if both else value  # type: ignore[arg-type]
+        if isinstance(below, dict) and isinstance(value, dict) and not _is_other(below, value):
+            merged[key] = _merge(below, value)
+        else:
+            merged[key] = value
     return merged
+
+
+def _is_other(below: dict[str, Any], over: dict[str, Any]) -> bool:
+    """Whether ``over`` describes another kind of thing, of which nothing below can hold."""
+    named_below, named = _WHERE & below.keys(), _WHERE & over.keys()
+    moves = bool(named_below) and bool(named - named_below)
+    return moves or ("kind" in over and over["kind"] != below.get("kind", over["kind"]))
 
 
 def _known_keys(model: object, keys: Keys) -> Iterator[str]:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autointerp_dagster.core.llm import (
+    Continuation,
     FreeText,
     JournalBlock,
     LabelList,
@@ -177,3 +178,18 @@ def test_hints_and_places_are_not_in_the_call_id():
 
 def test_usage_adds_field_by_field():
     assert Usage(1, 2, 3, 0.5) + Usage(10, 20, 30, 0.25) == Usage(11, 22, 33, 0.75)
+
+
+def test_a_call_keeps_its_address_between_versions():
+    """Another address would make every answer that was ever paid for a stranger."""
+    chat = Request(
+        messages=(Message("system", "s"), Message("user", "u")),
+        answer=LabelList(3),
+        unit="any",
+        block=JournalBlock("any", "any", 0),
+        top_logprobs=5,
+        seed=7,
+    )
+    text = replace(chat, messages=(), prompt="p", answer=Continuation(("\n",)))
+    assert chat.call_id("model") == "ecd685dfef693fcee5eb50b0559a9035"
+    assert text.call_id("model") == "48d24bf853e87a8d23256ca13bd9b0f0"

@@ -197,3 +197,13 @@ def test_a_scorer_that_is_not_asked_for_is_no_stage_and_no_input(tmp_path):
 def test_the_demo_study_is_valid():
     study = load_study(Path(__file__).parents[2] / "studies" / "demo.yaml")
     assert len(study.cells) == 4
+
+
+def test_a_study_that_moves_a_model_elsewhere_takes_nothing_of_where_it_was(tmp_path):
+    write(tmp_path)  # its explainer is behind a base_url
+    text = "extends: tiny.yaml\nmodels: {explainer: {source: somewhere, dtype: float32}}\n"
+    moved = load_study(write(tmp_path, text, "moved.yaml")).models.explainer
+    assert (moved.source, moved.dtype) == ("somewhere", "float32")
+    text = "extends: moved.yaml\nmodels: {explainer: {source: elsewhere}}\n"
+    same_kind = load_study(write(tmp_path, text, "again.yaml")).models.explainer
+    assert (same_kind.source, same_kind.dtype) == ("elsewhere", "float32")

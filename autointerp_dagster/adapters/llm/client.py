@@ -97,7 +97,7 @@ class JournaledLLM:
 
     @property
     def cost(self) -> Usage:
-        """What all answers given so far cost, in whatever run they were paid for."""
+        """What all answers so far cost, in whatever run they were paid; one given twice counts twice."""
         return self._cost
 
     @property

@@ -37,6 +37,11 @@ class FreeText:
 
     marker: str = "[EXPLANATION]:"
 
+    @property
+    def identity(self) -> list[str | int]:
+        """What of the format is in every ``call_id``; a change makes paid answers strangers."""
+        return ["text", self.marker]
+
     def fault(self, text: str) -> str | None:
         """What is wrong with the format, in words a model can act on; null if nothing is."""
         if self.read(text) is None:
@@ -66,6 +71,11 @@ class LabelList:
     """
 
     n: int
+
+    @property
+    def identity(self) -> list[str | int]:
+        """What of the format is in every ``call_id``; a change makes paid answers strangers."""
+        return ["labels", self.n]
 
     @property
     def json_schema(self) -> dict[str, object]:
@@ -150,6 +160,11 @@ class Choice:
     """Distinct, at least two, without spaces at their ends."""
 
     @property
+    def identity(self) -> list[str | int]:
+        """What of the format is in every ``call_id``; a change makes paid answers strangers."""
+        return ["choice", *self.options]
+
+    @property
     def json_schema(self) -> dict[str, object]:
         """For endpoints with structured outputs."""
         return {"type": "string", "enum": list(self.options)}
@@ -177,6 +192,11 @@ class Continuation:
     stop: tuple[str, ...] = ()
     """Not part of the answer."""
 
+    @property
+    def identity(self) -> list[str | int]:
+        """What of the format is in every ``call_id``; a change makes paid answers strangers."""
+        return ["continuation", *self.stop]
+
     def fault(self, text: str) -> str | None:
         """Never anything."""
 
@@ -191,6 +211,11 @@ class PromptScores:
 
     start: int
     """Characters of the prompt whose tokens are not wanted; > 0, for the first has no given."""
+
+    @property
+    def identity(self) -> list[str | int]:
+        """What of the format is in every ``call_id``; a change makes paid answers strangers."""
+        return ["scores", self.start]
 
     def fault(self, text: str) -> str | None:
         """Never anything."""

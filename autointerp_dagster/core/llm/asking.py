@@ -65,8 +65,8 @@ class Request:
         content: dict[str, Any] = {
             "model": model_identity,
             "messages": [[m.role, m.content] for m in self.messages],
-            "answer": [type(self.answer).__name__, repr(self.answer)],
-            "parameters": [self.temperature, self.max_tokens, self.top_logprobs, self.seed],
+            "answer": self.answer.identity,
+            "parameters": [float(self.temperature), self.max_tokens, self.top_logprobs, self.seed],
             "attempt": self.attempt,
             "sample": self.sample,
         }
