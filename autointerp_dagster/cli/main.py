@@ -23,11 +23,12 @@ from autointerp_dagster.cli.batch import (
 )
 from autointerp_dagster.cli.plan import missing_records, plan_as_json, print_plan
 from autointerp_dagster.cli.report import print_report
-from autointerp_dagster.cli.run import Selection, materialize, print_dry_run
+from autointerp_dagster.cli.run import Selection, materialize, print_dry_run, print_outcome
 from autointerp_dagster.cli.status import print_status
 from autointerp_dagster.cli.why import walk_score
 from autointerp_dagster.core.errors import AutoInterpError, StudyError
 from autointerp_dagster.resources.planning import plan_study
+from autointerp_dagster.resources.progress import on_terminal
 from autointerp_dagster.resources.store import StoreResource
 from autointerp_dagster.study import Study, find_studies, load_study
 
@@ -113,10 +114,12 @@ def run(
     logging.getLogger("autointerp_dagster").addHandler(_ConsoleLines())
     logging.getLogger("autointerp_dagster").setLevel(logging.INFO)
     transformers.logging.disable_progress_bar()
+    store = StoreResource().of(loaded)
     with _instance() as instance:
-        materialize(loaded, selection, instance, "replay" if replay else "record")
+        budget = materialize(loaded, selection, instance, "replay" if replay else "record")
     if selection.is_whole(loaded):
-        print_report(loaded, StoreResource().of(loaded), console)
+        print_report(loaded, store, console)
+    print_outcome(loaded, selection, store, budget, console)
 
 
 @app.command()
@@ -134,8 +137,7 @@ def plan(
     """
     loaded = _study(study)
     selection = Selection.of(loaded, layers, ranges, None)
-    with Console(stderr=True).status("Going through the prompts"):
-        found = plan_study(loaded, StoreResource().of(loaded), selection.cells)
+    found = plan_study(loaded, StoreResource().of(loaded), selection.cells, on_terminal)
     if len(found.without_records) == len(selection.cells):
         raise StudyError(f"study {loaded.name}: {missing_records(loaded, found)}")
     if as_json:

@@ -5,9 +5,9 @@ from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from autointerp_dagster.cli.report import printable
+from autointerp_dagster.core.config import LLMConfig, RemoteLLMConfig
 from autointerp_dagster.resources.planning import StagePlan, StudyPlan
 from autointerp_dagster.study import Study
 
@@ -44,21 +44,25 @@ def missing_records(study: Study, plan: StudyPlan) -> str:
     )
 
 
+def _models(study: Study) -> list[LLMConfig]:
+    models = [study.models.explainer, study.models.judge or study.models.explainer]
+    return models[:1] if models[0] == models[1] else models
+
+
 def _stages_table(study: Study, plan: StudyPlan) -> Table:
-    table = Table(title=f"{study.name}: what is still to be asked")
-    for name in ("stage", "model"):
-        table.add_column(name)
+    table = Table(title=f"{study.name}: what is still to be asked", padding=0)
+    table.add_column("stage", no_wrap=True)
     for name in (
-        "cells\npending",
-        "requests\nknown",
-        "requests\nto send",
+        "open\ncells",
+        "calls\nknown",
+        "calls\nto ask",
         "prompt\ntokens",
-        "of these\nshared",
-        "completion\ntokens",
+        "thereof\nshared",
+        "answer\ntokens",
         "USD",
-        "USD with\nprefix cache",
+        "cached\nUSD",
     ):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for stage in plan.stages:
         table.add_row(*_row(stage))
     total = _totals(plan)
@@ -66,8 +70,7 @@ def _stages_table(study: Study, plan: StudyPlan) -> Table:
     table.add_row(
         "all",
         "",
-        "",
-        *(f"{total[name]:,}" for name in _SUMMED),
+        *(_short(total[name]) for name in _SUMMED),
         f"{total['usd']:,.2f}",
         "" if total["usd_cached"] is None else f"{total['usd_cached']:,.2f}",
     )
@@ -77,12 +80,21 @@ def _stages_table(study: Study, plan: StudyPlan) -> Table:
 _SUMMED = ("n_known", "n_requests", "prompt_tokens", "shared_tokens", "completion_tokens")
 
 
-def _row(stage: StagePlan) -> list[str | Text]:
+def _short(n: float | None) -> str:
+    """A count in at most six characters; the JSON has it exactly."""
+    value = float(n or 0)
+    for unit in ("", "k", "M", "G"):
+        if value < 1000 or unit == "G":
+            break
+        value /= 1000
+    return f"{value:.0f}{unit}" if not unit or value >= 100 else f"{value:.3g}{unit}"
+
+
+def _row(stage: StagePlan) -> list[str]:
     return [
         stage.stage,
-        Text(printable(stage.model)),
         f"{stage.n_pending_cells}/{stage.n_cells}",
-        *(f"{getattr(stage, name):,}" for name in _SUMMED),
+        *(_short(getattr(stage, name)) for name in _SUMMED),
         f"{stage.usd:,.2f}",
         "" if stage.usd_cached is None else f"{stage.usd_cached:,.2f}",
     ]
@@ -111,6 +123,13 @@ def _budgets_table(plan: StudyPlan) -> Table:
 
 def _notes(study: Study, plan: StudyPlan) -> list[str]:
     lines = [missing_records(study, plan)] if plan.without_records else []
+    asked = {s.model for s in plan.stages if s.n_requests}
+    lines += [f"{s.stage} asks {s.model}." for s in plan.stages if len(asked) > 1 and s.n_requests]
+    lines += [
+        f"The study names no price of {config.model}: its calls count as 0 USD."
+        for config in _models(study)
+        if isinstance(config, RemoteLLMConfig) and not config.has_price
+    ]
     counted = {s.model: s.counted_by for s in plan.stages if s.n_requests}
     lines += [f"Tokens of {model}: by {how}." for model, how in counted.items()]
     lines += [

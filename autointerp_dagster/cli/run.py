@@ -1,20 +1,22 @@
 """Materializing a study in this process: one run for the cells, then layers, then the study."""
 
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, TypeVar
 
 import dagster as dg
 from rich.console import Console
 from rich.table import Table
 
+from autointerp_dagster.adapters.llm import SpendFile
+from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.core.errors import AutoInterpError, StudyError
 from autointerp_dagster.core.types import Cell, Place
 from autointerp_dagster.definitions import build_resources, build_study
 from autointerp_dagster.partitions import partition_key
 from autointerp_dagster.resources.events import asset_key
-from autointerp_dagster.resources.llms import LLMs
+from autointerp_dagster.resources.llms import BUDGET_TAG, LLMs
 from autointerp_dagster.resources.pending import stages_that_ask
 from autointerp_dagster.resources.preflight import REPLAY_TAG, check_study
 from autointerp_dagster.resources.progress import ProgressDisplay
@@ -74,7 +76,7 @@ def materialize(
     selection: Selection,
     instance: dg.DagsterInstance,
     mode: Literal["record", "replay"] = "record",
-) -> None:
+) -> str:
     """Materializes a selection in this process.
 
     Args:
@@ -83,27 +85,58 @@ def materialize(
         instance: Where the runs are kept.
         mode: In ``replay`` language models are not asked: the journal answers, or nobody does.
 
+    Returns:
+        Under which name its spending is counted.
+
     Raises:
         AutoInterpError: What went wrong in a stage, as the stage said it.
     """
     asking = set(stages_that_ask(study)) if mode == "replay" else set()
     check_study(study, {stage.name for stage in selection.stages} - asking)
-    run = partial(_run, study, instance=instance, mode=mode)
+    budget = str(uuid.uuid4())
+    for stages, places in _runs(study, selection):
+        _run(study, stages, places, budget, instance=instance, mode=mode)
+    return budget
+
+
+def _runs(study: Study, selection: Selection) -> Iterator[tuple[list[Stage], list[Place]]]:
+    """The Dagster runs that materialize a selection: the cells, then layers, then the study."""
     by_scope = {
         scope: [stage for stage in selection.stages if stage.scope == scope]
         for scope in ("study", "cell", "layer")
     }
     first = [stage for stage in by_scope["study"] if stage.name == "token_dataset"]
     for corner_cells in _rectangles(study, selection.cells):
-        run([*first, *by_scope["cell"]], corner_cells)
+        yield [*first, *by_scope["cell"]], list(corner_cells)
         first = []
     layers = [layer for layer in study.layer_keys if layer in {c.layer for c in selection.cells}]
     covers_ranges = {cell.range for cell in selection.cells} == set(study.ranges)
     if by_scope["layer"] and covers_ranges:
         for layer in layers:
-            run(by_scope["layer"], [layer])
+            yield by_scope["layer"], [layer]
     if selection.is_whole(study):
-        run([s for s in by_scope["study"] if s.name != "token_dataset"], [])
+        yield [s for s in by_scope["study"] if s.name != "token_dataset"], []
+
+
+def print_outcome(
+    study: Study, selection: Selection, store: Store, budget: str, console: Console
+) -> None:
+    """Prints what a command left undone and what it paid; nothing if there is nothing to say."""
+    for stage in selection.stages:
+        if stage.scope != "cell":
+            continue
+        heads = [store.head(study.name, stage.name, str(cell)) for cell in selection.cells]
+        n_cut = sum(head is not None and not head.complete for head in heads)
+        if n_cut:
+            console.print(
+                f"Cut short: {n_cut} of {len(heads)} cells of {stage.name}. The next run goes on."
+            )
+    run, everything = SpendFile(store.root, study.name, budget).read_others()
+    if run.tokens:
+        console.print(
+            f"Paid: {run.usd:.2f} USD, {run.tokens:,} tokens "
+            f"(all runs of the study: {everything.usd:.2f} USD, {everything.tokens:,} tokens)."
+        )
 
 
 def print_dry_run(study: Study, selection: Selection, console: Console) -> None:
@@ -112,12 +145,15 @@ def print_dry_run(study: Study, selection: Selection, console: Console) -> None:
     table = Table(
         "stage", "places", "made before (maybe out of date)", title=f"{study.name}: dry run"
     )
-    for stage in selection.stages:
-        cells: list[Place] = list(selection.cells)
-        places = cells if stage.scope == "cell" else list(places_of(study, stage.scope))
-        heads = [store.head(study.name, stage.name, str(place)) for place in places]
+    looked_at: dict[str, list[Place]] = {}
+    for stages, places in _runs(study, selection):
+        for stage in stages:
+            at = list(places) if stage.scope != "study" else list(places_of(study, "study"))
+            looked_at.setdefault(stage.name, []).extend(at)
+    for name, places in looked_at.items():
+        heads = [store.head(study.name, name, str(place)) for place in places]
         made = sum(head is not None and head.complete for head in heads)
-        table.add_row(stage.name, str(len(places)), str(made))
+        table.add_row(name, str(len(places)), str(made))
     console.print(table)
     console.print("A run checks what was made before against its inputs and redoes what changed.")
 
@@ -126,6 +162,7 @@ def _run(
     study: Study,
     stages: list[Stage],
     places: Sequence[Place],
+    budget: str,
     *,
     instance: dg.DagsterInstance,
     mode: Literal["record", "replay"],
@@ -133,7 +170,7 @@ def _run(
     """One Dagster run over a rectangle of places (its corners are the first and the last)."""
     if not stages:
         return
-    tags = {REPLAY_TAG: "true"} if mode == "replay" else {}
+    tags = {BUDGET_TAG: budget} | ({REPLAY_TAG: "true"} if mode == "replay" else {})
     if places:
         tags["dagster/asset_partition_range_start"] = str(partition_key(places[0]))
         tags["dagster/asset_partition_range_end"] = str(partition_key(places[-1]))

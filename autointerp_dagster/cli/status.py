@@ -10,7 +10,9 @@ from autointerp_dagster.study.stages import places_of, stages_of
 
 def print_status(study: Study, store: Store, console: Console) -> None:
     """Prints, per stage, how many places are done, cut short or missing, and what they cost."""
-    table = Table("stage", "made", "cut short", "missing", "rows", "seconds", title=study.name)
+    table = Table(
+        "stage", "made", "cut short", "missing", "rows", "seconds", "USD", title=study.name
+    )
     for stage in stages_of(study):
         if stage.is_external:
             continue
@@ -19,6 +21,7 @@ def print_status(study: Study, store: Store, console: Console) -> None:
             for place in places_of(study, stage.scope)
         ]
         made = [head for head in heads if head is not None]
+        usd = sum(head.provenance.usage.get("usd", 0) for head in made)
         cut_short = [head for head in made if not head.complete]
         table.add_row(
             stage.name,
@@ -27,6 +30,7 @@ def print_status(study: Study, store: Store, console: Console) -> None:
             str(len(heads) - len(made) or ""),
             str(sum(blob.n_rows or 0 for head in made for blob in head.blobs)),
             f"{sum(head.provenance.seconds for head in made):.1f}",
+            f"{usd:.2f}" if usd else "",
         )
     console.print(table)
     console.print(f"Results: {store.root}")

@@ -141,7 +141,8 @@ class Explaining(ExplainingWork):
 def _summary(selection: pl.DataFrame, explained: pl.DataFrame) -> dict[str, Any]:
     without = explained.filter(pl.col("status") != "ok")
     return {
-        "n_latents": selection.height,
+        "n_selected": selection.height,
+        "n_asked": explained.filter(pl.col("call_id").is_not_null())["latent"].n_unique(),
         "n_floor_latents": int(selection["is_floor"].sum()),
         "n_explanations": explained.height - without.height,
         "n_without_text": without.height,

@@ -19,6 +19,15 @@ from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.core.config import LLMConfig
 from autointerp_dagster.study import Study
 
+BUDGET_TAG = "autointerp/budget"
+"""Tag of Dagster runs that share one run's budget: those of one command."""
+
+
+def budget_of(context: dg.AssetExecutionContext) -> str:
+    """Under which name a step's spending is counted: a command's, a backfill's, or the run's."""
+    tags = context.run.tags
+    return tags.get(BUDGET_TAG) or tags.get("dagster/backfill") or context.run_id
+
 
 class LLMs(dg.ConfigurableResource):
     """Opens the language model that plays a part in a study, for the length of a step."""
@@ -33,7 +42,7 @@ class LLMs(dg.ConfigurableResource):
         self, context: dg.AssetExecutionContext, study: Study, store: Store
     ) -> Iterator[JournaledLLM]:
         """The model that writes explanations."""
-        with self._open(context.run_id, study, store, study.models.explainer) as llm:
+        with self._open(budget_of(context), study, store, study.models.explainer) as llm:
             yield llm
 
     @contextmanager
@@ -42,18 +51,18 @@ class LLMs(dg.ConfigurableResource):
     ) -> Iterator[JournaledLLM]:
         """The model that answers scorers."""
         config = study.models.judge or study.models.explainer
-        with self._open(context.run_id, study, store, config) as llm:
+        with self._open(budget_of(context), study, store, config) as llm:
             yield llm
 
     @contextmanager
     def _open(
-        self, run_id: str, study: Study, store: Store, config: LLMConfig
+        self, budget: str, study: Study, store: Store, config: LLMConfig
     ) -> Iterator[JournaledLLM]:
         """A model that may spend what run and study have left; one in this process is free."""
         hours = study.budget.hours
         with (
             open_journal(store.root) as journal,
-            Ledger(study.budget, SpendFile(store.root, study.name, run_id)) as ledger,
+            Ledger(study.budget, SpendFile(store.root, study.name, budget)) as ledger,
             open_llm(
                 config,
                 journal=journal,

@@ -67,7 +67,7 @@ def costs_behind(stage: StageInputs, place: Place) -> dict[str, StageCost]:
                 continue
             summary = stage.store.manifest(up.manifest).summary
             usages[up.asset] = usages.get(up.asset, Usage()) + Usage(**summary.get(COST, {}))
-            latents[up.asset] = latents.get(up.asset, 0) + summary.get("n_latents", 0)
+            latents[up.asset] = latents.get(up.asset, 0) + summary.get("n_asked", 0)
     return {
         name: StageCost(usages[name], latents[name])
         for name in STAGES

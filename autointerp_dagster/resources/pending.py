@@ -27,7 +27,15 @@ from autointerp_dagster.core.llm import Completion, JournalBlock, Request, Usage
 from autointerp_dagster.core.schemas import DONORS, EXPLANATIONS, SELECTION
 from autointerp_dagster.core.scorers import LABEL_SCORERS
 from autointerp_dagster.core.tokens import Detokenizer
-from autointerp_dagster.core.types import Cell, LatentId, LayerKey, Place, WholeStudy, silent
+from autointerp_dagster.core.types import (
+    Cell,
+    LatentId,
+    LayerKey,
+    Place,
+    Progress,
+    WholeStudy,
+    silent,
+)
 from autointerp_dagster.resources.coders import Coders
 from autointerp_dagster.resources.corpora import Corpora
 from autointerp_dagster.resources.explaining import ExplainingWork
@@ -148,6 +156,7 @@ class Survey:
         *,
         stages: Collection[str] | None = None,
         stand_ins: StandIns | None = None,
+        progress: Progress = silent,
     ) -> None:
         """Nothing is read yet.
 
@@ -158,7 +167,9 @@ class Survey:
             stages: Names of the stages whose questions are wanted; null: all.
             stand_ins: Gives scorers texts to be counted with, in place of explanations that do not
                 exist yet. Null: scorers of such a cell wait.
+            progress: For whoever watches.
         """
+        self._progress = progress
         self.study = study
         self.store = store
         self.without_records: list[Cell] = []
@@ -326,7 +337,13 @@ class Survey:
         )
         explainers = [make_explainer(name, c) for name, c in self.study.explainers.items()]
         return ExplainingWork(
-            stage, self.study, explainers, self._explainer, self._coders, detokenizer, silent
+            stage,
+            self.study,
+            explainers,
+            self._explainer,
+            self._coders,
+            detokenizer,
+            self._progress,
         )
 
     def _scoring_work(self, stage_name: str, detokenizer: Detokenizer) -> ScoringWork:
@@ -334,7 +351,7 @@ class Survey:
         stage = StageInputs.of(self.store, self.study, stage_name, models=models)
         name = stage_name.removeprefix("score_")
         verdicts = labelling(name, self.study, detokenizer, self._coders, self._judge)
-        return ScoringWork(stage, self.study, verdicts, silent)
+        return ScoringWork(stage, self.study, verdicts, self._progress)
 
 
 def _kept(answers: Iterator[Explanation], kept: list[Explanation]) -> Iterator[Explanation]:

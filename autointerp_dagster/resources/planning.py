@@ -13,7 +13,7 @@ from autointerp_dagster.adapters.llm.ledger import SpendFile
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.core.config import LatentSample, LLMConfig, RemoteLLMConfig
 from autointerp_dagster.core.llm import Request
-from autointerp_dagster.core.types import Cell
+from autointerp_dagster.core.types import Cell, Progress, silent
 from autointerp_dagster.resources.pending import EXPLAIN, Asked, Piece, Survey
 from autointerp_dagster.study import Study
 
@@ -85,7 +85,9 @@ class StudyPlan:
     """What the figures rest on besides records and journal."""
 
 
-def plan_study(study: Study, store: Store, cells: Sequence[Cell]) -> StudyPlan:
+def plan_study(
+    study: Study, store: Store, cells: Sequence[Cell], progress: Progress = silent
+) -> StudyPlan:
     """Goes through all prompts of some cells; asks nothing and writes nothing.
 
     Memory does not grow with the number of requests, beyond those of a cell.
@@ -96,7 +98,7 @@ def plan_study(study: Study, store: Store, cells: Sequence[Cell]) -> StudyPlan:
     """
     stand_ins = _StandIns()
     counters = _Counters(_share(study, cells))
-    with Survey(study, store, cells, stand_ins=stand_ins.fill) as survey:
+    with Survey(study, store, cells, stand_ins=stand_ins.fill, progress=progress) as survey:
         tallies = {name: _Tally(name) for name in survey.stages}
         stand_ins.survey = survey
         for piece in survey.pieces():

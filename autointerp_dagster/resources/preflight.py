@@ -8,8 +8,9 @@ import dagster as dg
 from autointerp_dagster.adapters.coders import check_fits
 from autointerp_dagster.adapters.llm import open_backend
 from autointerp_dagster.core.config import LLMConfig
-from autointerp_dagster.core.errors import StudyError
+from autointerp_dagster.core.errors import LLMError, StudyError
 from autointerp_dagster.core.explainers import make_explainer
+from autointerp_dagster.core.scorers import LABEL_SCORERS
 from autointerp_dagster.resources.coders import Coders
 from autointerp_dagster.resources.corpora import Corpora
 from autointerp_dagster.resources.embedders import Embedders
@@ -49,7 +50,7 @@ def check_study(study: Study, stages: Collection[str]) -> None:
     """
     corpus = Corpora().of(study)
     for config in _models_asked(study, stages):
-        asyncio.run(_check_llm(config))
+        _check_llm(study, config)
     if "score_embedding" in stages:
         _ = Embedders().of(study).identity
     for _ in corpus.documents():
@@ -72,12 +73,22 @@ def _models_asked(study: Study, stages: Collection[str]) -> list[LLMConfig]:
     explains = any(make_explainer(n, c).asks_a_model for n, c in study.explainers.items())
     if "explanations" in stages and explains:
         asked.append(study.models.explainer)
-    if {"score_detection", "score_fuzzing"} & set(stages):
+    if {f"score_{name}" for name in LABEL_SCORERS} & set(stages):
         asked.append(study.models.judge or study.models.explainer)
     return [config for i, config in enumerate(asked) if config not in asked[:i]]
 
 
-async def _check_llm(config: LLMConfig) -> None:
+def _check_llm(study: Study, config: LLMConfig) -> None:
+    try:
+        asyncio.run(_check_backend(config))
+    except LLMError as error:
+        raise LLMError(
+            f"{error} (`autointerp run {study.name} --replay` makes all that the journal can "
+            "answer, without any server.)"
+        ) from None
+
+
+async def _check_backend(config: LLMConfig) -> None:
     backend = open_backend(config)
     try:
         await backend.check()

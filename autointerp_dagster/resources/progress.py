@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import dagster as dg
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -60,6 +61,20 @@ class ShownProgress:
         return _bar(items, task)
 
 
+def on_terminal(
+    items: Iterable[T],
+    *,
+    total: int,
+    description: str,
+    unit: str = "it",
+    note: Callable[[], str] | None = None,
+) -> Iterator[T]:
+    """A ``core.types.Progress`` for commands whose output may be piped on: a bar on stderr."""
+    if not sys.stderr.isatty():
+        return iter(items)
+    return _bar(items, _Task(description, total, unit, note or str), Console(stderr=True))
+
+
 @dataclass(frozen=True, slots=True)
 class _Task:
     description: str
@@ -80,7 +95,7 @@ def _lines(items: Iterable[T], task: _Task, say: Callable[..., None]) -> Iterato
             say(message, task.description, done, task.total, task.unit, left, task.note())
 
 
-def _bar(items: Iterable[T], task: _Task) -> Iterator[T]:
+def _bar(items: Iterable[T], task: _Task, console: Console | None = None) -> Iterator[T]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -91,7 +106,7 @@ def _bar(items: Iterable[T], task: _Task) -> Iterator[T]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, transient=True) as progress:
+    with Progress(*columns, transient=True, console=console) as progress:
         shown = progress.add_task(task.description, total=task.total, note="")
         for item in items:
             yield item

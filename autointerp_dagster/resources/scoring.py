@@ -106,6 +106,7 @@ class Scoring(ScoringWork):
                 "n_verdicts": verdicts.height,
                 "n_failed": failed.height,
                 "n_latents": verdicts["latent"].n_unique(),
+                "n_asked": verdicts.filter(pl.col("call_id").is_not_null())["latent"].n_unique(),
                 "failures": dict(failed["reason"].value_counts().iter_rows()),
                 **cost_of(parts),
             }

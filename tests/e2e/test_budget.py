@@ -35,3 +35,28 @@ def test_a_run_stops_at_its_budget_and_the_next_one_goes_on(
     assert all(head.complete for head in rich.heads().values())
     assert rich.contents() == small.contents()
     assert len(server.requests) - n_before > n_paid  # it went on; what was paid stays paid
+
+
+def test_one_command_has_one_budget_however_many_runs_it_takes(world, server, tmp_path, instance):
+    overrides = {"models": in_flight(AT_ONCE), "budget": {"tokens": LIMIT}}
+    bench = Bench(tmp_path, world, server.base_url, instance, overrides)
+    first, *between, last = [str(block) for block in bench.study.ranges]
+    assert between, "the two ranges must not be neighbours, or one run takes both"
+    layer = str(bench.study.layer_keys[0])
+    bench.run(layers=[layer], ranges=[first, last])
+    assert 0 < spent(bench.heads()) <= LIMIT
+
+
+def test_what_answers_cost_is_told_whoever_paid(small):
+    rows = small.table("study_metrics", "study_metrics").filter(comparison="cost")
+    stages = ("explanations", "score_detection", "score_fuzzing")
+    assert set(rows["a"]) == set(stages)
+    for stage in stages:
+        mine = rows.filter(a=stage)
+        heads = {name: head for name, head in small.heads().items() if name[0] == stage}
+        told = dict(mine.select("statistic", "value").iter_rows())
+        assert told["prompt_tokens"] + told["completion_tokens"] == spent(heads)  # one run paid all
+        table = "explanations" if stage == "explanations" else "verdicts"
+        asked = small.table(stage, table).filter(pl.col("call_id").is_not_null())
+        n_asked = asked.select("coder", "hookpoint", "latent").unique().height
+        assert set(mine["n"]) == {n_asked}

@@ -34,7 +34,7 @@ OnMissing = Callable[[Request, str], None]
 """Told, in replay, of each call that the journal lacks, with its id."""
 
 HAND_OVER = 16
-"""Groups handed to the sender at once, at most: prompts are built while others are sent."""
+"""Groups handed to the sender at once, at most, where more than the limit wait anyhow."""
 
 
 class JournaledLLM:
@@ -78,6 +78,7 @@ class JournaledLLM:
         self._mode = mode
         self._on_missing = on_missing
         limit = max_in_flight or backend.max_in_flight
+        self._limit = limit
         self._look_ahead = 2 * limit
         self._counting = threading.Lock()
         self._cost = Usage()
@@ -97,7 +98,7 @@ class JournaledLLM:
 
     @property
     def cost(self) -> Usage:
-        """What all answers so far cost, in whatever run they were paid; one given twice counts twice."""
+        """What all answers so far cost, whenever they were paid; one given twice counts twice."""
         return self._cost
 
     @property
@@ -146,8 +147,9 @@ class JournaledLLM:
             if is_open:
                 waiting.add(group)
                 unsent.append(group)
-                is_full = len(waiting) >= self._look_ahead
-                if not is_full and inbox.is_empty and len(unsent) < HAND_OVER:
+                # Below the limit at once: nobody knows how long the next request takes to draw.
+                is_between = self._limit < len(waiting) < self._look_ahead
+                if is_between and inbox.is_empty and len(unsent) < HAND_OVER:
                     continue
             if unsent:  # before anything is yielded, for nobody knows when the caller comes back
                 self._sender.send(unsent)
