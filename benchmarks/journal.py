@@ -4,7 +4,8 @@ One block of 4,096 latents with 25 calls each (20 for 50 + 50 windows at five a 
 candidates per label, and every fourth latent's floor) is recorded; 99 more blocks are hard links to
 its segments, for the claim is that they are not read. Then a fresh journal looks up every call of
 the cell and decodes every reply. That is done again after the other blocks were overwritten with
-rubbish, and compared with what was written.
+rubbish, and compared with what was written. And a cell of two blocks is looked up by turns with
+memory for their indices alone.
 """
 
 import os
@@ -14,12 +15,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from upath import UPath
 
 from autointerp_dagster.adapters.llm import Entry, Journal, Reply
+from autointerp_dagster.adapters.llm.journal import journal as journal_module
 from autointerp_dagster.adapters.llm.journal.entries import to_line
 from autointerp_dagster.core.llm import JournalBlock, LabelList, Request, Token, Usage
 from autointerp_dagster.core.prompts.detection import detection_prompt
@@ -31,6 +34,8 @@ N_BLOCKS = 100
 WINDOWS, WINDOW_WORDS, N_CANDIDATES = 5, 24, 10
 LATENTS_AT_ONCE = 128
 IN_FLIGHT = 64
+INDEX_BYTES = 80 * 2**20
+"""Enough for the indices of two blocks, and not for any of their columns."""
 IDENTITY = "http://127.0.0.1:8000/v1|judge"
 
 _LABELS = ["0", "1", " 0", " 1", "2", "[", "]", ",", "yes", "no"]
@@ -54,8 +59,9 @@ def _lookup(root: Path) -> list[Result]:
     _forget_pages(own)
     with _files_opened() as opened:
         _, lookup_s = cpu_seconds(lambda: _look_up(root, list(written)))
-    segments = [path for path in opened if path.endswith(".parquet")]
+    segments = _segments(opened)
     assert segments
+    moved = _with_little_memory(root, list(written))
     foreign = [path for path in segments if not path.startswith(f"{own}/")]
     for segment in (path for other in others for path in other.iterdir()):
         segment.unlink()
@@ -66,7 +72,39 @@ def _lookup(root: Path) -> list[Result]:
     return [
         Result(f"finding a cell's calls among {n_calls}", lookup_s, 2.0, "CPU s", is_cost=True),
         Result("other blocks' segments opened for it", len(foreign), 0, "files", is_cost=True),
+        *moved,
     ]
+
+
+def _with_little_memory(root: Path, call_ids: list[str]) -> list[Result]:
+    """The same calls in two blocks by turns, with and without memory for all of them."""
+    calls = [(replace(BLOCK, block=block), name) for name in call_ids[::5] for block in (0, 1)]
+    n_read, seconds = _by_turns(root, calls)
+    limit = journal_module.BLOCKS_BYTES
+    journal_module.BLOCKS_BYTES = INDEX_BYTES
+    try:
+        n_read_moved, seconds_moved = _by_turns(root, calls)
+    finally:
+        journal_module.BLOCKS_BYTES = limit
+    again, ratio = n_read_moved - n_read, seconds_moved / seconds
+    return [
+        Result("segments read again for want of memory", again, 0, "files", is_cost=True),
+        Result("a lookup whose columns are on disk", ratio, 2.0, "x CPU", is_cost=True),
+    ]
+
+
+def _by_turns(root: Path, calls: list[tuple[JournalBlock, str]]) -> tuple[int, float]:
+    """Segments opened, and CPU seconds of the lookups once their blocks are loaded."""
+    journal = Journal(UPath(root))
+    with _files_opened() as opened:
+        for block in dict.fromkeys(block for block, _ in calls):
+            journal.load(block)
+        _, seconds = cpu_seconds(lambda: [journal.lookup(*call) for call in calls])
+    return len(_segments(opened)), seconds
+
+
+def _segments(opened: list[str]) -> list[str]:
+    return [path for path in opened if path.endswith(".parquet")]
 
 
 def _cell(root: Path) -> dict[str, int]:
@@ -172,11 +210,16 @@ def _files_opened() -> Iterator[list[str]]:
     """The paths that this process opens meanwhile (a hook of the interpreter stays behind)."""
     paths: list[str] = []
     _listeners.append(paths)
-    sys.addaudithook(_hear)
+    _start_to_hear()
     try:
         yield paths
     finally:
         _listeners.remove(paths)
+
+
+@cache
+def _start_to_hear() -> None:
+    sys.addaudithook(_hear)  # for good, so only once
 
 
 def _hear(event: str, arguments: tuple[object, ...]) -> None:

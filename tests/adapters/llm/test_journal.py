@@ -13,6 +13,7 @@ from upath import UPath
 
 from autointerp_dagster.adapters.llm.backend import Reply
 from autointerp_dagster.adapters.llm.journal import journal as journal_module
+from autointerp_dagster.adapters.llm.journal import sealing as sealing_module
 from autointerp_dagster.adapters.llm.journal.journal import Entry, Journal
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.llm import JournalBlock, Token, Usage
@@ -258,14 +259,14 @@ def _half_then_full_disk(write, file, content):
 
 def test_calls_are_acknowledged_while_a_segment_is_being_written(tmp_path, monkeypatch):
     is_sealing, may_go_on = threading.Event(), threading.Event()
-    real = journal_module.write_segment
+    real = sealing_module.write_segment
 
     def slow(*arguments):
         is_sealing.set()
         may_go_on.wait(timeout=30)
         return real(*arguments)
 
-    monkeypatch.setattr(journal_module, "write_segment", slow)
+    monkeypatch.setattr(sealing_module, "write_segment", slow)
     journal = Journal(UPath(tmp_path))
     journal.record(BLOCK, entry("a")).result()
     sealing = threading.Thread(target=journal.flush)

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from upath import UPath
 
-from autointerp_dagster.adapters.llm.journal.durable import is_local
+from autointerp_dagster.adapters.llm.journal.durable import is_local, store_errors
 from autointerp_dagster.adapters.llm.journal.replies import BlockReplies, ReplyBatch
 from autointerp_dagster.adapters.llm.journal.segments import (
     ROWS_PER_GROUP,
@@ -73,8 +73,9 @@ def compact(folder: UPath, rule: Rule) -> None:
         OSError: If the store cannot be written.
     """
     try:
-        for group in rule(_sized(folder)):
-            _merge(folder, [segment.path for segment in group])
+        with store_errors(folder):
+            for group in rule(_sized(folder)):
+                _merge(folder, [segment.path for segment in group])
     except FileNotFoundError:  # another process compacts this block
         return
 

@@ -2,9 +2,13 @@
 
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from upath import UPath
+
+from autointerp_dagster.core.errors import StoreError
 
 _LOCAL = frozenset({"", "file", "local"})
 
@@ -12,6 +16,26 @@ _LOCAL = frozenset({"", "file", "local"})
 def is_local(root: UPath) -> bool:
     """Whether ``root`` is a folder of this machine."""
     return root.protocol in _LOCAL
+
+
+@contextmanager
+def store_errors(path: UPath) -> Iterator[None]:
+    """Work on a store, whose failures are OSErrors whatever library speaks to it.
+
+    botocore's and gcsfs's exceptions, for example, are plain ones. They are known by their type
+    alone: what they say may hold signed addresses.
+
+    Raises:
+        OSError: If the store failed.
+    """
+    try:
+        yield
+    except (OSError, StoreError):
+        raise
+    except Exception as error:
+        if is_local(path):
+            raise
+        raise OSError(f"{path}: the store failed with {type(error).__name__}") from error
 
 
 def write_durably(target: UPath, content: bytes | memoryview) -> None:
@@ -24,7 +48,8 @@ def write_durably(target: UPath, content: bytes | memoryview) -> None:
         OSError: If it cannot be written.
     """
     if not is_local(target):
-        target.fs.pipe_file(target.path, content)  # one PUT: all or nothing
+        with store_errors(target):
+            target.fs.pipe_file(target.path, content)  # one PUT: all or nothing
         return
     path = Path(target.path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ import time
 from collections import OrderedDict, deque
 from concurrent.futures import Future
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 import pyarrow as pa
 from upath import UPath
@@ -26,16 +26,15 @@ from autointerp_dagster.adapters.llm.journal.compaction import compact, due, eve
 from autointerp_dagster.adapters.llm.journal.durable import is_local
 from autointerp_dagster.adapters.llm.journal.entries import Entry, to_line
 from autointerp_dagster.adapters.llm.journal.replies import BlockReplies, batches_of, entry_of
+from autointerp_dagster.adapters.llm.journal.sealing import Generation, Sealer, Write, unwritable
 from autointerp_dagster.adapters.llm.journal.segments import (
     block_folder,
     block_folders,
     read_call,
     read_each,
-    table_of,
-    write_segment,
 )
 from autointerp_dagster.adapters.llm.journal.templates import TemplateStore, template_of
-from autointerp_dagster.adapters.llm.journal.wal import Line, WriteAheadLog, orphaned_logs
+from autointerp_dagster.adapters.llm.journal.wal import Line, orphaned_logs, set_aside
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.llm import JournalBlock
 
@@ -47,40 +46,11 @@ SEAL_EVERY_S = 10.0
 """Likewise seconds, if the store is remote: a lost machine loses no more than that. Also the pause
 before a sealing that failed is tried again."""
 BLOCKS_BYTES = 2**30
-"""Of sealed replies kept in memory; the block in use stays, whatever its size."""
+"""Of sealed replies kept in memory. Beyond it all but the indices of the blocks that were not used
+for longest moves to this machine's disk; only if that is not enough a block is forgotten, to be
+read again. The block in use stays, whatever its size."""
 
 logger = logging.getLogger(__name__)
-
-Calls = dict[JournalBlock, dict[str, Entry]]
-
-
-class _Write(NamedTuple):
-    """A call that waits for the next commit."""
-
-    block: JournalBlock
-    entry: Entry
-    line: Line
-    done: Future[None]
-
-
-class _Generation:
-    """A log and what it holds: durable on this machine, not yet sealed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.log = WriteAheadLog(folder)
-        self.calls: Calls = {}
-        self.n_calls = 0
-        self.born_s = 0.0
-        """When the first call came, on the monotonic clock."""
-
-    def add(self, writes: list[_Write]) -> None:
-        self.born_s = self.born_s if self.n_calls else time.monotonic()
-        self.n_calls += len(writes)
-        for block, entry, _, _ in writes:
-            self.calls.setdefault(block, {}).setdefault(entry.call_id, entry)
-
-    def get(self, block: JournalBlock, call_id: str) -> Entry | None:
-        return self.calls.get(block, {}).get(call_id)
 
 
 class Journal:
@@ -110,6 +80,7 @@ class Journal:
             address = hashlib.blake2b(str(root).encode(), digest_size=8).hexdigest()
             self._wal_folder = Path(wal_dir) / address
         self._templates = TemplateStore(root)
+        self._sealer = Sealer(root, self._templates)
         # Taken in this order; only the last is taken by those who look up or record.
         self._sealing = threading.RLock()  # who seals or compacts
         self._reading = threading.Lock()  # who adds sealed replies to memory
@@ -117,9 +88,9 @@ class Journal:
         self._state = threading.Lock()  # who touches what is below; held briefly
         self._work = threading.Condition(self._state)
         self._seal_work = threading.Condition(self._state)
-        self._queue: list[_Write] = []
-        self._open = _Generation(self._wal_folder)
-        self._rotated: deque[_Generation] = deque()
+        self._queue: list[Write] = []
+        self._open = Generation(self._wal_folder)
+        self._rotated: deque[Generation] = deque()
         self._retry_s = 0.0
         self._blocks: OrderedDict[JournalBlock, BlockReplies] = OrderedDict()
         self._is_recovered = False
@@ -130,6 +101,12 @@ class Journal:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    @property
+    def n_bytes(self) -> int:
+        """About what sealed replies take in memory."""
+        with self._state:
+            return sum(held.n_bytes for held in self._blocks.values())
 
     def load(self, block: JournalBlock) -> None:
         """Read a block's sealed replies, so that lookups do not touch the store.
@@ -187,7 +164,7 @@ class Journal:
         template = template_of(entry.shared)
         address = None if template is None else template.address
         line = Line(to_line(block, entry, address), template)
-        write = _Write(block, entry, line, Future())
+        write = Write(block, entry, line, Future())
         write.done.set_running_or_notify_cancel()  # a waiter may leave, the call is kept
         with self._work:
             self._queue.append(write)
@@ -220,13 +197,14 @@ class Journal:
                 try:
                     compact(folder, everything)
                 except OSError as error:
-                    raise _unwritable(self._root, error) from error
+                    raise unwritable(self._root, error) from error
 
     def close(self) -> None:
         """Seal, and end the background threads; the journal may be used again.
 
         Raises:
-            StoreError: If a segment cannot be written; the log keeps the calls.
+            StoreError: If a segment cannot be written; the log keeps the calls for whoever opens
+                the journal next, in this process or another.
         """
         with self._state:
             threads, self._threads = self._threads, ()
@@ -234,10 +212,24 @@ class Journal:
             self._seal_work.notify_all()
         for thread in threads:
             thread.join()
-        self.flush()
-        with self._writing:
-            if not self._open.n_calls:  # what it may hold was never acknowledged
+        try:
+            self.flush()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Give up the locks of the logs, and with them what they hold."""
+        with self._sealing, self._reading, self._writing, self._state:
+            left = [generation for generation in (*self._rotated, self._open) if generation.n_calls]
+            if self._open not in left:  # what it may hold was never acknowledged
                 self._open.log.discard()
+            for generation in left:
+                generation.log.close()
+            if left:
+                self._rotated.clear()
+                self._open = Generation(self._wal_folder)
+                self._blocks.clear()
+                self._is_recovered = False  # before anything is looked up
 
     def _unsealed(self, block: JournalBlock, call_id: str) -> Entry | None:
         """A call that only the logs hold, the earliest; with the state's lock held."""
@@ -251,14 +243,29 @@ class Journal:
         self._recover()
         with self._reading:  # sealing ends before or after, never between reading and keeping
             with self._state:
-                if block in self._blocks:
-                    return
+                if block in self._blocks or not self._is_recovered:
+                    return  # who looks up tries again
             replies = BlockReplies.read(block_folder(self._root, block))
             with self._state:
                 self._blocks[block] = replies
-                n_bytes = sum(held.n_bytes for held in self._blocks.values())
-                while n_bytes > BLOCKS_BYTES and len(self._blocks) > 1:
-                    n_bytes -= self._blocks.popitem(last=False)[1].n_bytes
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Keep within :data:`BLOCKS_BYTES`; by who adds sealed replies."""
+        with self._state:
+            held = list(self._blocks.values())
+        for replies in held:
+            if self.n_bytes <= BLOCKS_BYTES:
+                return
+            try:
+                replies.move_to_disk(self._wal_folder)
+            except OSError as error:
+                logger.warning("sealed replies will be read again: %s", error)
+                break
+        with self._state:
+            n_bytes = sum(replies.n_bytes for replies in self._blocks.values())
+            while n_bytes > BLOCKS_BYTES and len(self._blocks) > 1:
+                n_bytes -= self._blocks.popitem(last=False)[1].n_bytes
 
     def _recover(self) -> None:
         """Seal the logs of processes that are gone, once."""
@@ -268,12 +275,9 @@ class Journal:
             if self._is_recovered:
                 return
             with orphaned_logs(self._wal_folder) as logs:
-                for records in logs:
-                    calls: Calls = {}
-                    for block, entry in records:
-                        calls.setdefault(block, {}).setdefault(entry.call_id, entry)
-                    for block, entries in calls.items():
-                        self._write(block, list(entries.values()))
+                for path, records in logs:
+                    if self._sealer.seal_records(records):
+                        set_aside(path)
             self._is_recovered = True
 
     def _start(self) -> None:
@@ -305,7 +309,7 @@ class Journal:
                 return
             try:
                 self._open.log.append([write.line for write in writes])
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 somebody waits for each of these calls
                 failure = StoreError(f"{self._wal_folder}: the journal cannot be written: {error}.")
             else:
                 failure = None
@@ -327,6 +331,8 @@ class Journal:
                 self._seal()
             except StoreError as error:  # the calls are safe in the log; flush() raises it
                 logger.warning("sealing is put off: %s", error)
+            except Exception:  # without this thread the log would grow for as long as this runs
+                logger.exception("sealing is put off")
 
     def _seal_wait_s(self) -> float | None:
         """Seconds until something is to be sealed; null: no time by itself makes it so."""
@@ -345,29 +351,20 @@ class Journal:
                 self._retry_s = time.monotonic() + SEAL_EVERY_S
                 if self._open.n_calls:
                     self._rotated.append(self._open)
-                    self._open = _Generation(self._wal_folder)
+                    self._open = Generation(self._wal_folder)
             while self._rotated:
                 generation = self._rotated[0]
                 sealed = {
-                    block: self._write(block, list(entries.values()))
+                    block: self._sealer.seal(block, list(entries.values()))
                     for block, entries in generation.calls.items()
                 }
-                self._publish(sealed)
-                generation.log.discard()
+                self._publish({block: calls for block, (calls, _) in sealed.items()})
+                if any(n_odd for _, n_odd in sealed.values()):
+                    generation.log.set_aside()
+                else:
+                    generation.log.discard()
                 for block in sealed:
                     self._compact_if_due(block)
-
-    def _write(self, block: JournalBlock, entries: list[Entry]) -> pa.Table:
-        templates = [template_of(entry.shared) for entry in entries]
-        calls = table_of(entries, [None if t is None else t.address for t in templates])
-        try:
-            for template in set(templates):
-                if template is not None:
-                    self._templates.put(template)
-            write_segment(block_folder(self._root, block), calls)
-        except OSError as error:
-            raise _unwritable(self._root, error) from error
-        return calls
 
     def _publish(self, sealed: dict[JournalBlock, pa.Table]) -> None:
         """Let lookups find the oldest generation among the sealed calls."""
@@ -378,13 +375,10 @@ class Journal:
                 for block, held in self._blocks.items():
                     for replies in batches.get(block, ()):
                         held.add(replies)
+            self._make_room()
 
     def _compact_if_due(self, block: JournalBlock) -> None:
         try:
             compact(block_folder(self._root, block), due)
-        except (OSError, StoreError) as error:  # nothing is lost; the next sealing tries again
-            logger.warning("compaction is put off: %s", error)
-
-
-def _unwritable(root: UPath, error: OSError) -> StoreError:
-    return StoreError(f"{root}: a segment cannot be written: {error}.")
+        except Exception as error:  # noqa: BLE001 nothing is lost; the next sealing tries again
+            logger.warning("compaction is put off: %s: %s", type(error).__name__, error)

@@ -16,7 +16,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from upath import UPath
 
-from autointerp_dagster.adapters.llm.journal.durable import is_local, write_durably
+from autointerp_dagster.adapters.llm.journal.durable import (
+    is_local,
+    store_errors,
+    write_durably,
+)
 from autointerp_dagster.adapters.llm.journal.entries import Entry
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.llm import JournalBlock, Token
@@ -241,16 +245,32 @@ def opened(path: UPath, dictionary: Sequence[str] = ()) -> Iterator[pq.ParquetFi
             yield segment
     except FileNotFoundError:
         raise
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, KeyError, pa.ArrowException) as error:  # KeyError: other columns than ours
         raise StoreError(
             f"{path}: not a readable journal segment ({error}). Delete it to pay again."
         ) from error
+    except Exception as error:
+        if is_local(path):
+            raise
+        raise _unreachable(path, error) from error
 
 
 def _listed(folder: UPath) -> list[UPath]:
-    if not is_local(folder):
-        folder.fs.invalidate_cache()  # other processes write here
-    return list(folder.rglob("*.parquet")) if folder.exists() else []
+    try:
+        with store_errors(folder):
+            if not is_local(folder):
+                folder.fs.invalidate_cache()  # other processes write here
+            return list(folder.rglob("*.parquet")) if folder.exists() else []
+    except OSError as error:
+        raise _unreachable(folder, error) from error
+
+
+def _unreachable(path: UPath, error: Exception) -> StoreError:
+    what = str(error) if isinstance(error, OSError) else type(error).__name__
+    return StoreError(
+        f"{path}: the journal cannot be read ({what}). Run again when the store answers; nothing "
+        "is paid twice."
+    )
 
 
 def _token_columns(replies: list[tuple[Token, ...] | None]) -> dict[str, pa.Array]:
@@ -268,7 +288,7 @@ def _token_columns(replies: list[tuple[Token, ...] | None]) -> dict[str, pa.Arra
         "top_text": (top_starts, [text for text, _ in candidates]),
         "top_logprob": (top_starts, [logprob for _, logprob in candidates]),
     }
-    mask = pa.array(has_none)
+    mask = pa.array(has_none, pa.bool_())
     return {
         name: pa.ListArray.from_arrays(
             pa.array(offsets, pa.int32()),

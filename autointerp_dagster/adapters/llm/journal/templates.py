@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from upath import UPath
 
-from autointerp_dagster.adapters.llm.journal.durable import write_durably
+from autointerp_dagster.adapters.llm.journal.durable import store_errors, write_durably
 from autointerp_dagster.adapters.llm.journal.entries import messages_of, messages_to_json
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.llm import Message
@@ -71,10 +71,11 @@ class TemplateStore:
     def _messages(self, address: str) -> tuple[Message, ...]:
         path = self._path(address)
         try:
-            content = path.read_bytes()
+            with store_errors(path):
+                content = path.read_bytes()
         except OSError as error:
             raise StoreError(
-                f"{path}: the beginning of a prompt cannot be read ({type(error).__name__}). "
+                f"{path}: the beginning of a prompt cannot be read ({error}). "
                 "Restore the file; the answers themselves are not affected."
             ) from error
         if hashlib.blake2b(content, digest_size=16).hexdigest() != address:

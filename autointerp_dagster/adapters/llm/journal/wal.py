@@ -73,6 +73,12 @@ class WriteAheadLog:
             self._path.unlink(missing_ok=True)
         self.close()
 
+    def set_aside(self) -> None:
+        """As :meth:`discard`, but keep the file for people: a call of it could not be sealed."""
+        if self._path is not None:
+            set_aside(self._path)
+        self.close()
+
     def close(self) -> None:
         """Give the lock up; what the log holds is left to whoever opens the journal next."""
         if self._descriptor is not None:
@@ -92,20 +98,26 @@ class WriteAheadLog:
 
 
 @contextmanager
-def orphaned_logs(folder: Path) -> Iterator[Iterator[list[Record]]]:
-    """The records of logs whose processes are gone, log by log; they go on a normal exit.
+def orphaned_logs(folder: Path) -> Iterator[Iterator[tuple[Path, list[Record]]]]:
+    """Logs whose processes are gone, with their records; the logs go on a normal exit.
 
     A torn last line was never acknowledged and is ignored. While the context lasts, nobody else
     can claim these logs.
     """
     claimed = [claim for path in sorted(folder.glob("*.jsonl")) if (claim := _claim(path))]
     try:
-        yield (_records(path, file) for path, file in claimed)
+        yield ((path, _records(path, file)) for path, file in claimed)
         for path, _ in claimed:
-            path.unlink()
+            path.unlink(missing_ok=True)
     finally:
         for _, file in claimed:
             file.close()
+
+
+def set_aside(path: Path) -> None:
+    """Rename a log so that no journal takes it for its own."""
+    kept = path.replace(path.with_suffix(".odd"))
+    logger.warning("%s: set aside, for some of its calls cannot be sealed.", kept)
 
 
 def _write_all(descriptor: int, content: bytes) -> None:
