@@ -131,8 +131,9 @@ def test_a_study_to_extend_that_is_missing_is_placed_where_it_is_named(tmp_path)
         load_study(write(tmp_path, "extends: b.yaml\n", "a.yaml"))
 
 
-def test_an_address_that_may_hold_a_key_is_not_repeated(tmp_path):
-    text = MINIMAL.replace("127.0.0.1:1/v1", "host/v1?key=canary")
+@pytest.mark.parametrize("address", ["host/v1?key=canary", "me:canary@host/v1", "canary@host"])
+def test_an_address_that_may_hold_a_key_is_refused_and_not_repeated(tmp_path, address):
+    text = MINIMAL.replace("127.0.0.1:1/v1", address)
     with pytest.raises(StudyError, match=r"models\.explainer\.base_url") as caught:
         load_study(write(tmp_path, text))
     assert "canary" not in str(caught.value)

@@ -48,6 +48,7 @@ class CallError(Exception):
         busy: bool = False,
         timed_out: bool = False,
         retry_after_s: float | None = None,
+        usage: Usage | None = None,
     ) -> None:
         """Describe the failure.
 
@@ -58,6 +59,8 @@ class CallError(Exception):
             busy: Whether the server has too much to do (429, 503, 529); says nothing of the call.
             timed_out: Whether no answer came in time.
             retry_after_s: How long the server asked to wait.
+            usage: What the call was billed, zeros where it surely cost nothing (it was refused or
+                never arrived); null where that is unknown: it may have been paid.
         """
         super().__init__(message)
         self.retriable = retriable
@@ -65,6 +68,7 @@ class CallError(Exception):
         self.busy = busy
         self.timed_out = timed_out
         self.retry_after_s = retry_after_s
+        self.usage = usage
 
 
 class Backend(Protocol):

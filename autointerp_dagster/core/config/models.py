@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from autointerp_dagster.core.config.base import Parameters
 
@@ -92,6 +92,16 @@ class RemoteLLMConfig(Parameters, frozen=True):
     """Price of a million prompt tokens that the server's prefix cache had; null: as any others."""
     usd_per_1m_completion: float = Field(default=0.0, ge=0)
     """Price of a million completion tokens."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _check_address(cls, base_url: str | None) -> str | None:
+        if base_url is not None and "@" in base_url.split("://", maxsplit=1)[1].split("/")[0]:
+            raise ValueError(
+                "got credentials before the host, wanted an address only. Put the key into an "
+                "environment variable and name it in api_key_env"
+            )
+        return base_url
 
     @model_validator(mode="after")
     def _check_where(self) -> "RemoteLLMConfig":

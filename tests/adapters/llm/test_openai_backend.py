@@ -15,7 +15,7 @@ from autointerp_dagster.adapters.llm.backend import CallError
 from autointerp_dagster.adapters.llm.remote import transport as http_transport
 from autointerp_dagster.adapters.llm.remote.backend import OpenAIBackend
 from autointerp_dagster.core.errors import LLMError
-from autointerp_dagster.core.llm import Choice, Continuation, FreeText, PromptScores
+from autointerp_dagster.core.llm import Choice, Continuation, FreeText, PromptScores, Usage
 
 GOOD = chat("[1, 0]", usage={"prompt_tokens": 3, "completion_tokens": 5})
 SECRET = "sk-canary-77"
@@ -86,6 +86,9 @@ def test_both_transports_give_the_same_reply(transport):
         Response({"choices": []}),
         Response({"choices": [{"message": {"content": [{"type": "text"}]}}]}),
         Response({"error": {"message": "upstream", "code": 502}}),
+        Response({"choices": [{"text": "", "finish_reason": "error", "error": {"code": 502}}]}),
+        Response({"choices": [{"text": "half of", "finish_reason": "abort"}]}),
+        Response("[" * 200_000),
         Response(b"\xff\xfe\x00"),
         Response(b"not gzip", headers={"Content-Encoding": "gzip"}),
         complaint("slow down", 429, **{"Retry-After": "2"}),
@@ -124,7 +127,32 @@ def test_a_hanging_server_is_given_up_in_time_by_both_transports(transport):
     error = error_at(Response(GOOD.body, after_s=1.0), timeout_s=0.2)
     assert error.retriable
     assert error.timed_out
+    assert error.usage is None
     assert "within 0.2 s" in str(error)
+
+
+PAID = {"prompt_tokens": 100, "completion_tokens": 10}
+
+
+@pytest.mark.parametrize(
+    ("response", "usage"),
+    [
+        (complaint("slow down", 429), Usage()),
+        (complaint("broken", 500), Usage()),
+        (complaint("no such model", 404), Usage()),
+        (Response({"error": {"code": 429, "message": "slow down"}}), Usage()),
+        (Response({"error": {"code": 502, "message": "upstream"}}), None),
+        (Response({"error": {"code": 502}, "usage": PAID}), Usage(100, 0, 10)),
+        (Response({"choices": [{"message": 3}], "usage": PAID}), Usage(100, 0, 10)),
+        (Response({"choices": [{"message": 3}]}), None),
+        (Response('{"choices": [', n_missing=100), None),
+        (Response("<html>"), None),
+        (Response(reset=True), None),
+    ],
+    ids=lambda value: str(getattr(value, "body", value))[:30],
+)
+def test_a_failed_call_says_what_it_cost_as_far_as_that_can_be_known(response, usage):
+    assert error_at(response).usage == usage
 
 
 def test_nobody_listening_is_told_apart_from_a_broken_exchange(transport):
@@ -134,6 +162,7 @@ def test_nobody_listening_is_told_apart_from_a_broken_exchange(transport):
     (error,) = ask_all(OpenAIBackend(remote(url)), [ask("q")])
     assert isinstance(error, CallError)
     assert error.endpoint
+    assert error.usage == Usage()
     assert "nothing answers (C" in str(error)
 
 
@@ -178,6 +207,8 @@ def test_what_a_status_means_for_the_flow_of_requests():
     assert error_at(complaint("busy", 503)).busy
     assert not error_at(complaint("broken", 500)).busy
     assert error_at(complaint("late", 504)).timed_out
+    assert error_at(Response({"error": {"code": 429, "message": "slow down"}})).busy
+    assert error_at(Response({"choices": [{"text": "", "error": {"code": 503}}]})).busy
     wrong = error_at(complaint("no such model", 404, "model_not_found"))
     assert (wrong.retriable, wrong.endpoint) == (False, True)
 
@@ -187,6 +218,7 @@ def test_what_a_status_means_for_the_flow_of_requests():
     [
         complaint("You exceeded your current quota", 429, "insufficient_quota"),
         complaint("Insufficient Balance", 402),
+        Response({"error": {"code": 402, "message": "Insufficient credits"}}),
     ],
 )
 def test_an_account_without_credit_ends_the_run(response):
@@ -207,6 +239,12 @@ def test_an_account_without_credit_ends_the_run(response):
 def test_a_prompt_that_does_not_fit_is_an_answer_not_a_failure(response):
     with OddServer(lambda path, body: response) as server:
         assert outcome_at(server).reason == "too_long"
+
+
+def test_a_prompt_that_was_flagged_is_an_answer_not_the_end():
+    flagged = complaint("Your chosen model requires moderation and your input was flagged", 403)
+    with OddServer(lambda path, body: flagged) as server:
+        assert outcome_at(server).reason == "refused"
 
 
 def test_nothing_is_known_of_a_server_before_it_was_asked():
@@ -286,6 +324,51 @@ def test_a_feature_lost_later_is_learnt_then():
         ask_all(backend, [ask(f"q{i}", seed=1) for i in range(3)], at_once=False)
         assert ["seed" in body for _, body in server.seen] == [True, True, False, False]
     assert backend.capabilities == {"structured_outputs": True, "seed": False}
+
+
+def test_a_refusal_without_a_reason_takes_away_nothing_that_was_taken_before():
+    answers = iter([GOOD, complaint("Invalid request"), GOOD])
+    with OddServer(lambda path, body: next(answers)) as server:
+        backend = OpenAIBackend(remote(server.base_url))
+        requests = [ask(f"q{i}", seed=1, top_logprobs=5) for i in range(3)]
+        _, failed, _ = ask_all(backend, requests, at_once=False)
+        used = [{"seed", "logprobs", "response_format"} & body.keys() for _, body in server.seen]
+    assert isinstance(failed, CallError)
+    assert not failed.retriable
+    assert [len(features) for features in used] == [3, 3, 3]
+
+
+def test_what_was_taken_in_a_list_may_still_be_refused_in_a_choice():
+    def answer(path, body):
+        schema = body.get("response_format", {}).get("json_schema", {}).get("name")
+        return complaint("Invalid request") if schema == "choice" else GOOD
+
+    choice = replace(ask("q"), answer=Choice(("yes", "no")))
+    with OddServer(answer) as server:
+        backend = OpenAIBackend(remote(server.base_url))
+        replies = ask_all(backend, [ask("q"), choice], at_once=False)
+    assert [reply.text for reply in replies] == ["[1, 0]"] * 2
+
+
+@pytest.mark.parametrize("key", [f"{SECRET}\n", f"  {SECRET}"])
+def test_blanks_around_a_key_do_no_harm(monkeypatch, key):
+    monkeypatch.setenv("CANARY_KEY", key)
+    with OddServer(lambda path, body: GOOD) as server:
+        assert outcome_at(server, api_key_env="CANARY_KEY").text == "[1, 0]"
+    error = error_at(complaint(f"{SECRET} is no key", 401), api_key_env="CANARY_KEY")
+    assert "<key> is no key" in str(error)
+    assert SECRET not in str(error)
+
+
+@pytest.mark.parametrize("key", [f"{SECRET}\u2019", f"{SECRET}\nsecond line", f"{SECRET}\x07"])
+def test_a_key_that_no_header_can_carry_is_named_by_its_variable(monkeypatch, key):
+    monkeypatch.setenv("CANARY_KEY", key)
+    with OddServer(lambda path, body: GOOD) as server:
+        error = outcome_at(server, api_key_env="CANARY_KEY")
+        assert server.seen == []
+    assert isinstance(error, LLMError)
+    assert "CANARY_KEY holds characters" in str(error)
+    assert SECRET not in repr(error)
 
 
 def test_a_model_that_reasons_gets_its_tokens_and_temperature_in_its_own_way():
@@ -407,6 +490,15 @@ def test_a_server_without_prompt_scores_ends_the_run_with_what_to_do(response):
     assert backend.capabilities == {"prompt_log_probabilities": False}
 
 
+def test_a_server_that_gave_prompt_scores_is_not_taken_to_lack_them_after_one_refusal():
+    answers = iter([None, None, complaint("Invalid request")])  # the probe's is the first
+    with OddServer(lambda path, body: next(answers, None) or echo(path, body)) as server:
+        backend = OpenAIBackend(remote(server.base_url))
+        good, failed, again = ask_all(backend, [scores("abcdefghij")] * 3, at_once=False)
+    assert isinstance(failed, CallError)
+    assert good.tokens == again.tokens
+
+
 @pytest.mark.parametrize("response", [complaint("broken", 500), Response(reset=True)])
 def test_a_passing_failure_says_nothing_about_prompt_scores(response):
     answers = iter([response])
@@ -423,6 +515,23 @@ def test_a_wrong_key_is_not_taken_for_a_lack_of_prompt_scores():
         error = outcome_at(server, scores("abcdefghij"))
     assert isinstance(error, CallError)
     assert error.endpoint
+
+
+def test_a_key_that_a_call_was_refused_for_is_wrong_though_the_list_of_models_is_open():
+    answers = iter([complaint("forbidden", 403), complaint("wrong key", 401), GOOD])
+
+    async def run(backend):
+        """What a check says before any call, and after each of three."""
+        said = [await asyncio.gather(backend.check(), return_exceptions=True)]
+        for _ in range(3):
+            await asyncio.gather(backend.ask([ask("q")]), return_exceptions=True)
+            said.append(await asyncio.gather(backend.check(), return_exceptions=True))
+        await backend.close()
+        return [type(outcome) for (outcome,) in said]
+
+    with OddServer(lambda path, body: next(answers)) as server:
+        outcomes = asyncio.run(run(OpenAIBackend(remote(server.base_url))))
+    assert outcomes == [type(None), type(None), LLMError, type(None)]
 
 
 def test_a_continuation_comes_back_without_its_stop():

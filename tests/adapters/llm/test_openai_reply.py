@@ -1,9 +1,14 @@
+import math
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from llm_requests import ask, remote
 
 from autointerp_dagster.adapters.llm.backend import CallError
+from autointerp_dagster.adapters.llm.remote.errors import RefusedError
 from autointerp_dagster.adapters.llm.remote.reply import follows_schema, reply_of
 from autointerp_dagster.core.errors import LLMError
 from autointerp_dagster.core.llm import Choice, Continuation, PromptScores, Token, Usage
@@ -117,11 +122,95 @@ def test_a_server_without_prompt_scores_is_named_and_what_to_do_is_said(choice):
         reply_of({"choices": [choice]}, plain(PromptScores(3), "The cat"), CONFIG)
 
 
-def test_an_error_in_the_clothes_of_a_success_is_a_failed_call():
-    body = {"error": {"code": 502, "message": "upstream is down"}}
-    with pytest.raises(CallError) as caught:
-        reply_of(body, ask("q"), CONFIG)
-    assert caught.value.retriable
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        ({"code": 429, "message": "rate limited"}, 429),
+        ({"code": "402", "message": "no credit"}, 402),
+        ({"code": "rate_limit_exceeded"}, 429),
+        ({"code": None, "type": "overloaded_error"}, 529),
+        ({"code": 200}, 500),
+        ({"code": ["odd"]}, 500),
+        ("something broke", 500),
+    ],
+)
+def test_an_error_in_the_clothes_of_a_success_is_a_refusal_with_its_status(error, status):
+    for body in ({"error": error}, {"choices": [{"text": "", "error": error}]}):
+        with pytest.raises(RefusedError) as caught:
+            reply_of(body, ask("q"), CONFIG)
+        assert caught.value.status == status
+        # A server that is at fault may have written, and billed, half an answer before.
+        assert caught.value.usage == (Usage() if status < 500 else None)
+
+
+def test_what_a_broken_off_answer_cost_is_told_where_the_server_told_it():
+    for reason in ("error", "abort"):
+        with pytest.raises(CallError, match=rf"broke the answer off \({reason}\)") as caught:
+            reply_of(said("half of", finish_reason=reason), ask("q"), CONFIG)
+        assert (caught.value.retriable, caught.value.usage) == (True, Usage(100, 0, 10))
+    error = {"error": {"code": 502}, "usage": COUNTS}
+    with pytest.raises(RefusedError) as refused:
+        reply_of(error, ask("q"), CONFIG)
+    assert refused.value.usage == Usage(100, 0, 10)
+
+
+@pytest.mark.parametrize("usage", [None, [], {"prompt_tokens": "many"}, {"prompt_tokens": 1e999}])
+def test_what_an_unreadable_answer_cost_is_unknown_unless_the_server_told_it(usage):
+    for body, cost in (({"usage": usage}, None), ({"usage": COUNTS}, Usage(100, 0, 10))):
+        with pytest.raises(CallError, match="not a completion") as caught:
+            reply_of(body | {"choices": [{"message": 3}]}, ask("q"), CONFIG)
+        assert (caught.value.retriable, caught.value.usage) == (True, cost)
+
+
+@pytest.mark.parametrize("count", [-1, 2**53, 10**40, 1e30, math.inf, math.nan, "7", [7], {}])
+def test_a_count_that_cannot_be_meant_is_none_and_spoils_no_answer(count):
+    usage = {name: count for name in ("prompt_tokens", "completion_tokens", "cost")}
+    usage |= {"prompt_tokens_details": {"cached_tokens": count}}
+    config = remote("https://openrouter.ai/api/v1")
+    reply = reply_of(said("[1, 0]", usage=usage), ask("question"), config)
+    assert (reply.text, reply.usage) == ("[1, 0]", Usage(13, 0, 2, 0.0, 15))
+
+
+@pytest.mark.parametrize(
+    ("finish_reason", "kept"),
+    [(None, "stop"), (7, "7"), ("\ud83d", "?"), ("x" * 10_000, "x" * 64), (["stop"], "['stop']")],
+)
+def test_a_finish_reason_is_a_short_text_whatever_a_server_sends(finish_reason, kept):
+    assert reply_of(said("a", finish_reason=finish_reason), ask("q"), CONFIG).finish_reason == kept
+
+
+def test_half_a_character_in_a_candidate_can_be_stored():
+    tops = {"logprob": -1.0, "token": "caf\ud83d"}
+    chat = {"content": [{"token": "caf\ud83d", "logprob": -1.0, "top_logprobs": [tops]}]}
+    plain_text = {"tokens": ["a"], "token_logprobs": [-1.0], "top_logprobs": [{"caf\ud83d": -1.0}]}
+    for logprobs in (chat, plain_text):
+        reply = reply_of(said("a", logprobs=logprobs), ask("q"), CONFIG)
+        assert reply.tokens[0].top == (("caf?", -1.0),)
+    request = replace(plain(PromptScores(1), "The cat"), top_logprobs=1)
+    body = scored(("The", None), (" cat", -3.0))
+    body["choices"][0]["logprobs"]["top_logprobs"] = [None, {"caf\ud83d": -1.0}]
+    assert reply_of(body, request, CONFIG).tokens[0].top == (("caf?", -1.0),)
+
+
+@given(
+    body=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["choices", "message", "content", "text", "usage", "logprobs",
+                                 "error", "code", "prompt_tokens", "finish_reason"]),
+                inner,
+                max_size=4,
+            )
+        ),
+        max_leaves=15,
+    )
+)  # fmt: skip
+def test_any_body_is_a_reply_or_one_of_the_known_failures(body):
+    with suppress(CallError, RefusedError):
+        reply = reply_of(body, ask("q"), CONFIG)
+        assert isinstance(reply.finish_reason, str)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import jiter
 import openai
 
 from autointerp_dagster.adapters.llm.backend import CallError, Reply
-from autointerp_dagster.adapters.llm.remote import errors as openai_errors
+from autointerp_dagster.adapters.llm.remote import errors
 from autointerp_dagster.adapters.llm.remote.body import STRUCTURED, Feature, body_of, features_in
 from autointerp_dagster.adapters.llm.remote.capabilities import Learnt
 from autointerp_dagster.adapters.llm.remote.prompt_tokens import looks_shifted
@@ -30,7 +30,7 @@ from autointerp_dagster.adapters.llm.remote.transport import (
 )
 from autointerp_dagster.core.config.models import RemoteLLMConfig
 from autointerp_dagster.core.errors import LLMError
-from autointerp_dagster.core.llm import JournalBlock, PromptScores, Request
+from autointerp_dagster.core.llm import JournalBlock, PromptScores, Request, Usage
 
 CHECK_TIMEOUT_S = 20.0
 """How long a check waits for the list of models; connecting must be done in half of it."""
@@ -62,15 +62,10 @@ class OpenAIBackend:
         """Describe the endpoint; nothing is sent and no key is read yet.
 
         Raises:
-            LLMError: If ``base_url`` carries credentials, or a server to start was not started.
+            LLMError: If a server to start was not started.
         """
         if config.base_url is None:
             raise LLMError("models: serve: the server was not started. Open the model in a run.")
-        if "@" in config.base_url.split("://", maxsplit=1)[1].split("/", maxsplit=1)[0]:
-            raise LLMError(
-                "base_url: got credentials before the host, wanted an address only. "
-                "Put the key into an environment variable and name it in api_key_env."
-            )
         self._config = config
         self._url = config.base_url.rstrip("/")
         self.identity = f"{config.endpoint}|{config.model}"
@@ -84,6 +79,8 @@ class OpenAIBackend:
         self._client: openai.AsyncOpenAI | None = None
         self._http: httpx2.AsyncClient | None = None
         self._headers = httpx2.Headers()
+        self._has_answered = False
+        self._wrong_key: LLMError | None = None
 
     def __repr__(self) -> str:
         return f"OpenAIBackend({self.identity!r})"
@@ -102,13 +99,20 @@ class OpenAIBackend:
         return [await self._ask_one(request) for request in group]
 
     async def check(self) -> None:
-        """See :class:`~autointerp_dagster.adapters.llm.backend.Backend`; asks for the models."""
+        """See :class:`~autointerp_dagster.adapters.llm.backend.Backend`; asks for the models.
+
+        Some servers, OpenRouter among them, list their models whatever the key. So a key that was
+        refused by a call (401), and never taken before, is known to be wrong.
+        """
+        if self._wrong_key is not None:
+            raise self._wrong_key
         try:
             async with asyncio.timeout(min(self._config.timeout_s, CHECK_TIMEOUT_S)):
                 await self._connected().models.list()
         except openai.APIStatusError as error:
             if error.status_code in (401, 403):  # others say no more than: no such listing
-                raise LLMError(str(self._status_error(error))) from None
+                refused = errors.RefusedError.of_response(error.response, None, self._config)
+                raise LLMError(str(self._refusal_error(refused))) from None
         except openai.APIConnectionError as error:
             raise LLMError(str(self._transport_error(error))) from None
         except (*transport_errors(), TimeoutError, ValueError):
@@ -163,23 +167,30 @@ class OpenAIBackend:
         while True:
             path, body = body_of(request, self._config, lacks)
             try:
-                content = await self._send(path, body)
-            except openai.APIStatusError as error:
-                reply = openai_errors.as_reply(error)
-                if reply is not None:
-                    return reply
-                lacks |= self._to_drop(error, request, body)
+                reply = self._read(await self._send(path, body, request), request)
+            except errors.RefusedError as refused:
+                declined = errors.declined(refused)
+                if declined is not None:
+                    return declined
+                lacks |= self._to_drop(refused, request, body)
             except (TimeoutError, *transport_errors()) as error:
                 raise self._transport_error(error) from None
             else:
-                self._learnt.refused(lacks)
-                reply = self._read(content, request)
-                if not isinstance(request.answer, PromptScores):
-                    self._learnt.answered(request, reply, features_in(body))
+                self._learn(request, reply, body, lacks)
                 return reply
 
+    def _learn(
+        self, request: Request, reply: Reply, body: dict[str, Any], lacks: set[Feature]
+    ) -> None:
+        self._has_answered, self._wrong_key = True, None
+        features = features_in(body)
+        self._learnt.refused(lacks)
+        self._learnt.took(request, features)
+        if not isinstance(request.answer, PromptScores):
+            self._learnt.answered(request, reply, features)
+
     def _to_drop(
-        self, error: openai.APIStatusError, request: Request, body: dict[str, Any]
+        self, refused: errors.RefusedError, request: Request, body: dict[str, Any]
     ) -> frozenset[Feature]:
         """What to try without; at least one feature.
 
@@ -187,21 +198,21 @@ class OpenAIBackend:
             CallError: If nothing is left to blame.
             LLMError: If no call can succeed.
         """
-        features = openai_errors.to_drop(error, body)
-        if not isinstance(request.answer, PromptScores):
-            if features:
-                return features
-            raise self._status_error(error) from None
-        if features and "logprobs" not in features:
+        features = errors.to_drop(refused, body, self._learnt.taken_with(request))
+        is_score = isinstance(request.answer, PromptScores)
+        if features and not (is_score and "logprobs" in features):
             return features
-        failure = self._status_error(error)
-        if isinstance(failure, LLMError) or error.status_code in (401, 403):
+        failure = self._refusal_error(refused)
+        if refused.status == 401 and not self._has_answered:
+            self._wrong_key = LLMError(str(failure))
+        if not is_score or isinstance(failure, LLMError) or refused.status in (401, 403):
             raise failure from None
-        if failure.retriable and not features:
+        # A server that gave scores before lacks nothing, unless it says so.
+        if not features and (failure.retriable or self._learnt.prompt_scores):
             raise failure from None
         raise no_prompt_scores(self._config, f"got {failure}") from None
 
-    async def _send(self, path: str, body: dict[str, Any]) -> bytes:
+    async def _send(self, path: str, body: dict[str, Any], request: Request) -> bytes:
         # The official client's transport, headers and key, but not its typed methods and options:
         # those take more CPU time than everything else that is done for a request.
         client, http = self._connected(), self._http
@@ -209,13 +220,13 @@ class OpenAIBackend:
         if not self._headers:
             given = {**client.default_headers, **client.auth_headers}
             self._headers = httpx2.Headers({k: v for k, v in given.items() if isinstance(v, str)})
-        request = httpx2.Request(
+        post = httpx2.Request(
             "POST", self._url + path, headers=self._headers, content=json.dumps(body).encode()
         )
         async with asyncio.timeout(self._config.timeout_s):
-            response = await http.send(request)
+            response = await http.send(post)
         if response.status_code >= 400:
-            raise openai_errors.of_response(response)
+            raise errors.RefusedError.of_response(response, request, self._config)
         return response.content
 
     def _connected(self) -> openai.AsyncOpenAI:
@@ -231,16 +242,22 @@ class OpenAIBackend:
         """The key, read from the environment.
 
         Raises:
-            LLMError: If the variable that should hold it is not set.
+            LLMError: If the variable that should hold it is not set, or holds what is no key.
         """
         name = self._config.api_key_env
         if name is None:
             return None
-        key = os.environ.get(name)
+        key = os.environ.get(name, "").strip()  # a line read from a file ends with its newline
         if not key:
             raise LLMError(
                 f"{self._url}: environment variable {name} is not set, wanted the API key. "
                 f"Set it (export {name}=...) or remove api_key_env from the study."
+            )
+        if not (key.isascii() and key.isprintable()):
+            raise LLMError(
+                f"{self._url}: environment variable {name} holds characters that no HTTP header "
+                "can carry, wanted the API key (printable ASCII). Set it again: the key may have "
+                "been copied with a typographic quote or with several lines."
             )
         return key
 
@@ -248,16 +265,12 @@ class OpenAIBackend:
         try:
             return reply_of(_decoded(content), request, self._config)
         except CallError as error:
-            raise CallError(f"{self._url}: {error}", retriable=error.retriable) from None
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            # Not quoted: the answer may hold anything.
             raise CallError(
-                f"{self._url}: the answer is not a completion ({type(error).__name__}).",
-                retriable=True,
+                f"{self._url}: {error}", retriable=error.retriable, usage=error.usage
             ) from None
 
-    def _status_error(self, error: openai.APIStatusError) -> CallError | LLMError:
-        return openai_errors.status_error(error, self._config, self._redacted(str(error)))
+    def _refusal_error(self, refused: errors.RefusedError) -> CallError | LLMError:
+        return errors.error_of(refused, self._config, self._redacted(refused.words))
 
     def _transport_error(self, error: BaseException) -> CallError:
         cause = cause_of(error)
@@ -267,7 +280,7 @@ class OpenAIBackend:
                 f"{self._config.model!r}. Start one, e.g. `vllm serve {self._config.model} "
                 "--port 8000`, or correct base_url."
             )
-            return CallError(message, retriable=True, endpoint=True)
+            return CallError(message, retriable=True, endpoint=True, usage=Usage())
         if isinstance(error, TimeoutError):
             message = f"{self._url}: no whole answer within {self._config.timeout_s:g} s."
             return CallError(message, retriable=True, timed_out=True)
@@ -276,7 +289,7 @@ class OpenAIBackend:
     def _redacted(self, text: str) -> str:
         """A text of the server's without the key, which some servers repeat."""
         name = self._config.api_key_env
-        key = os.environ.get(name) if name else None
+        key = os.environ.get(name, "").strip() if name else None
         return text.replace(key, "<key>") if key else text
 
 
@@ -284,12 +297,18 @@ def _decoded(content: bytes) -> Any:
     """A body as JSON; a fifth of a request's CPU time goes here if the standard library reads it.
 
     Raises:
-        ValueError: If it is no JSON.
+        CallError: If it is no JSON.
     """
     try:
         return jiter.from_json(content)
     except ValueError:  # perhaps only over half a character, which the standard library takes
+        pass
+    try:
         return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CallError(
+            f"the answer is not JSON ({type(error).__name__}).", retriable=True
+        ) from None
 
 
 def _is_in_place(reply: Reply) -> bool:

@@ -49,6 +49,7 @@ class Learnt:
         self._name = name
         self._lacks = set(lacks)
         self._taken: set[Feature] = set()
+        self._taken_with: dict[tuple[bool, type], set[Feature]] = {}
         self._trial = asyncio.Lock()
         self._follows: bool | None = None
         self._has_logprobs: bool | None = None
@@ -94,6 +95,14 @@ class Learnt:
             logger.warning("%s does not support %s; going on without.", self._name, feature)
             self._lacks.add(feature)
 
+    def taken_with(self, request: Request) -> frozenset[Feature]:
+        """What the server took in requests of this kind: same endpoint, same form of answer."""
+        return frozenset(self._taken_with.get(_kind(request), ()))
+
+    def took(self, request: Request, features: Iterable[Feature]) -> None:
+        """The server answered a request with these features."""
+        self._taken_with.setdefault(_kind(request), set()).update(features)
+
     def answered(self, request: Request, reply: Reply, features: Iterable[Feature]) -> None:
         """The server took a request with these features, and gave this reply."""
         features = set(features)
@@ -121,3 +130,7 @@ class Learnt:
         if what not in self._warned:
             self._warned.add(what)
             logger.warning("%s %s.", self._name, what)
+
+
+def _kind(request: Request) -> tuple[bool, type]:
+    return request.prompt is None, type(request.answer)

@@ -1,17 +1,20 @@
 """What a server's refusals mean: an answer, a feature to do without, a later try, or the end."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cached_property
 from typing import Any
 
 import httpx2
-import openai
 
 from autointerp_dagster.adapters.llm.backend import TOO_LONG, CallError, Reply
 from autointerp_dagster.adapters.llm.remote.body import Body, Feature, features_in
+from autointerp_dagster.adapters.llm.remote.complaints import complaint_of
 from autointerp_dagster.core.config.models import RemoteLLMConfig
 from autointerp_dagster.core.errors import LLMError
+from autointerp_dagster.core.llm import Request, Usage
 
 RETRIABLE = frozenset({408, 409, 425, 429})
 """Besides all codes from 500 on."""
@@ -37,66 +40,154 @@ _HINTS: Mapping[Feature, tuple[str, ...]] = {
 """Words in a server's complaint that name a feature."""
 _NEVER_GUESSED: frozenset[Feature] = frozenset({"max_tokens", "temperature"})
 """What is done without only where the complaint names it: models that reason refuse these."""
+
 _TOO_LONG_WORDS = ("context length", "context window", "context size", "context_length")
+_FLAGGED = re.compile(r"\bflagged\b|content_filter|content_policy_violation")
+_MODERATED = re.compile(r"\bmoderat(?:ed|ion)\b")
+_ACCOUNT = re.compile(r"\b(?:accounts?|organi[sz]ations?|api[ _-]?keys?|subscriptions?)\b")
+"""Whose mention says that it is not the prompt which was flagged."""
+
+_NAMED_CODES: Mapping[str, int] = {
+    "rate_limit_exceeded": 429,
+    "rate_limit_error": 429,
+    "insufficient_quota": 429,
+    "overloaded_error": 529,
+    "context_length_exceeded": 400,
+    "content_filter": 400,
+    "content_policy_violation": 400,
+}
+"""Errors that servers name where others give a status."""
 
 
-def of_response(response: httpx2.Response) -> openai.APIStatusError:
-    """A refusal as the official client reports it: with the server's words, code and type."""
-    try:
-        body: Any = response.json()
-    except ValueError:
-        body = response.text
-    said = f"Error code: {response.status_code} - {body}"
-    body = body.get("error", body) if isinstance(body, dict) else body
-    return openai.APIStatusError(said, response=response, body=body)
+class RefusedError(Exception):
+    """A refusal: a status from 400 on, or an error in the clothes of a success."""
+
+    def __init__(
+        self,
+        status: int,
+        body: object,
+        request: Request | None,
+        config: RemoteLLMConfig,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Describe a refusal by its status.
+
+        Args:
+            status: From 400 on.
+            body: Decoded JSON, or text.
+            request: What was asked, which the server may repeat; null if nothing was.
+            config: Where it was asked.
+            headers: Of the response; names in lower case, or in any.
+        """
+        super().__init__(f"HTTP {status}")
+        self.status = status
+        self.headers: Mapping[str, str] = headers or {}
+        self.usage: Usage | None = Usage()
+        self.what = f"HTTP {status}"
+        self._body = body
+        self._request = request
+        self._config = config
+
+    @classmethod
+    def of_response(
+        cls, response: httpx2.Response, request: Request | None, config: RemoteLLMConfig
+    ) -> "RefusedError":
+        """The refusal in a response with a status from 400 on."""
+        body: Any
+        if response.headers.get("content-type", "").startswith("text/html"):
+            body = "an HTML page"
+        else:
+            try:
+                body = response.json()
+            except (ValueError, RecursionError):
+                body = response.text
+        return cls(response.status_code, body, request, config, response.headers)
+
+    @classmethod
+    def in_answer(
+        cls, error: object, request: Request, config: RemoteLLMConfig, usage: Usage | None
+    ) -> "RefusedError":
+        """The refusal in an answer that came with status 200, as OpenRouter sends them.
+
+        Args:
+            error: The error object.
+            request: What was asked.
+            config: Where it was asked.
+            usage: As the answer reports it; null if it reports none.
+        """
+        status = _status_in(error)
+        refused = cls(status, error, request, config)
+        refused.what = f"error {status} in an answer"
+        # A fault of the server's may have come after it had written, and billed, half an answer.
+        refused.usage = Usage() if usage is None and status < 500 else usage
+        return refused
+
+    @cached_property
+    def words(self) -> str:
+        """The server's own words; may hold the key."""
+        sent: Sequence[str] = ()
+        if self._request is not None:
+            texts = [message.content for message in self._request.messages]
+            sent = [*texts, self._request.prompt or ""]
+        return complaint_of(self._body, sent, self._config.model)
+
+    @cached_property
+    def complaint(self) -> str:
+        """The same in lower case, to search."""
+        return self.words.lower()
 
 
-def as_reply(error: openai.APIStatusError) -> Reply | None:
+def declined(refused: RefusedError) -> Reply | None:
     """The answer that a refusal amounts to: filtered, or too long; null for any other."""
-    if error.code == "content_filter":
-        return Reply(text=None, finish_reason="content_filter")
-    if error.status_code not in (400, 413, 422):
+    if refused.status not in (400, 403, 413, 422):
         return None
-    complaint = str(error).lower()
-    if error.code == "context_length_exceeded" or any(w in complaint for w in _TOO_LONG_WORDS):
-        return Reply(text=None, finish_reason=TOO_LONG)
+    if _is_flagged(refused):
+        return Reply(None, "content_filter", usage=refused.usage or Usage())
+    if refused.status != 403 and any(words in refused.complaint for words in _TOO_LONG_WORDS):
+        return Reply(None, TOO_LONG, usage=refused.usage or Usage())
     return None
 
 
-def to_drop(error: openai.APIStatusError, body: Body) -> frozenset[Feature]:
-    """The features to try without after a rejected body; empty if none is left to blame."""
-    complaint = str(error).lower()
+def to_drop(
+    refused: RefusedError, body: Body, taken: Collection[Feature] = ()
+) -> frozenset[Feature]:
+    """The features to try without after a rejected body; empty if none is left to blame.
+
+    Args:
+        refused: The refusal.
+        body: What was refused.
+        taken: Features that the server is known to take in such a request: to blame only where
+            the server names them.
+    """
     sent = features_in(body)
     named: list[Feature] = [
         feature
         for feature, words in _HINTS.items()
-        if feature in sent and any(word in complaint for word in words)
+        if feature in sent and any(word in refused.complaint for word in words)
     ]
     blamed = named
-    if error.status_code in (400, 422):
-        blamed = named or [feature for feature in sent if feature not in _NEVER_GUESSED]
-    elif error.status_code not in (500, 501):  # so llama_cpp.server refuses a field's value
+    if refused.status in (400, 422):
+        blamed = named or [f for f in sent if f not in _NEVER_GUESSED and f not in taken]
+    elif refused.status not in (500, 501):  # so llama_cpp.server refuses a field's value
         blamed = []
-    if blamed[:1] == ["response_format"] and "json_object" not in complaint:
+    if blamed[:1] == ["response_format"] and "json_object" not in refused.complaint:
         return frozenset({"response_format", "json_object"})
     return frozenset(blamed[:1])
 
 
-def status_error(
-    error: openai.APIStatusError, config: RemoteLLMConfig, complaint: str
-) -> CallError | LLMError:
+def error_of(refused: RefusedError, config: RemoteLLMConfig, words: str) -> CallError | LLMError:
     """What to raise for a refused call.
 
     Args:
-        error: Any status from 400 on.
+        refused: The refusal.
         config: Where the call went.
-        complaint: The server's words, without the key.
+        words: The server's, without the key.
     """
-    code = error.status_code
-    page = error.response.headers.get("content-type", "").startswith("text/html")
-    words = "an HTML page" if page else complaint[:LONGEST_COMPLAINT]
-    message = f"{config.base_url}: HTTP {code} for model {config.model!r}: {words}"
-    if code == 402 or (code == 429 and _is_out_of_credit(error)):
+    code = refused.status
+    message = (
+        f"{config.base_url}: {refused.what} for model {config.model!r}: {words[:LONGEST_COMPLAINT]}"
+    )
+    if code == 402 or (code == 429 and "insufficient_quota" in refused.complaint):
         return LLMError(
             f"{message} The account has no credit left. Add some and run again: what was answered "
             "is in the journal."
@@ -113,7 +204,8 @@ def status_error(
         endpoint=code in ENDPOINT_WIDE,
         busy=code in BUSY,
         timed_out=code in (408, 504),
-        retry_after_s=retry_after_s(error.response.headers, datetime.now(UTC)),
+        retry_after_s=retry_after_s(refused.headers, datetime.now(UTC)),
+        usage=refused.usage,
     )
 
 
@@ -151,5 +243,22 @@ def _seconds_until(value: str | None, now: datetime) -> float | None:
     return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - now.timestamp()
 
 
-def _is_out_of_credit(error: openai.APIStatusError) -> bool:
-    return "insufficient_quota" in (error.code, error.type) or "insufficient_quota" in str(error)
+def _is_flagged(refused: RefusedError) -> bool:
+    """Whether a filter took offence at the prompt."""
+    complaint = refused.complaint
+    is_flagged = _FLAGGED.search(complaint) is not None
+    # Elsewhere the word may be the name of a field.
+    is_flagged |= refused.status == 403 and _MODERATED.search(complaint) is not None
+    return is_flagged and _ACCOUNT.search(complaint) is None
+
+
+def _status_in(error: object) -> int:
+    """The status that an error object stands for; 500 if it does not say."""
+    if not isinstance(error, Mapping):
+        return 500
+    for code in (error.get("code"), error.get("type")):
+        if isinstance(code, str):
+            code = int(code) if re.fullmatch("[0-9]{3}", code) else _NAMED_CODES.get(code)
+        if isinstance(code, int) and 400 <= code < 600:
+            return code
+    return 500
