@@ -1,10 +1,11 @@
 """Asking by file: questions out, answers in."""
 
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
+from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.table import Table
@@ -12,18 +13,20 @@ from upath import UPath
 
 from autointerp_dagster.adapters.llm.batch.answers import Imported, import_answers
 from autointerp_dagster.adapters.llm.batch.files import (
-    Batch,
     BatchFile,
     BatchWriter,
-    Question,
+    answers_path,
+    check_series_free,
+    free_paths,
     numbered_paths,
 )
+from autointerp_dagster.adapters.llm.batch.records import Batch, Outstanding, Question
 from autointerp_dagster.adapters.storage import Store
-from autointerp_dagster.cli.report import printable
+from autointerp_dagster.cli.report import asks_nobody, printable
 from autointerp_dagster.core.config import LocalLLMConfig, RemoteLLMConfig
 from autointerp_dagster.core.errors import StoreError, StudyError
 from autointerp_dagster.resources.pending import EXPLAIN, Piece, Survey, stages_that_ask
-from autointerp_dagster.study import Study
+from autointerp_dagster.study import Study, load_study
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,75 +41,82 @@ class Limits:
 class Exported:
     """What an export wrote, and what it left for later."""
 
-    files: tuple[BatchFile, ...]
-    n_waiting: int
+    files: tuple[BatchFile, ...] = ()
+    n_waiting: int = 0
     """Cells whose scores wait for explanations."""
-    n_without_records: int
+    n_without_records: int = 0
     """Cells that nothing is known of."""
+    n_outstanding: Mapping[str, int] = field(default_factory=dict)
+    """Questions left out, because an earlier batch asked them and its answers are not imported; by
+    that batch's name and file."""
 
 
 def export_batch(
-    study: Study, store: Store, out: Path, stages: Collection[str] | None, limits: Limits
+    study: Study,
+    store: Store,
+    out: Path | None,
+    stages: Collection[str] | None,
+    limits: Limits,
+    *,
+    again: bool = False,
 ) -> Exported:
     """Writes what a study still has to ask as files for a batch endpoint.
 
     Args:
         study: The study.
         store: Its store, where what was asked is kept.
-        out: The first file; further ones are numbered.
+        out: The first file; further ones are numbered. Null: a free name in this folder.
         stages: Names of the stages whose questions are wanted; null: all.
         limits: Of one file.
+        again: Whether to ask also what an earlier batch asked and no import answered.
 
     Raises:
         StudyError: If a stage has no questions for a server.
-        StoreError: If a file exists or cannot be written.
+        StoreError: If a file exists or cannot be written; then nothing was exported.
     """
     _check_remote(study, stages)
-    written: set[int] = set()
-    waiting = set()
-    with Survey(study, store, study.cells, stages=stages) as survey:
-        with _Writers(study, store, out, limits) as writers:
-            for piece in survey.pieces():
-                if piece.waits:
-                    waiting.add(piece.cell)
-                if piece.stage not in survey.stages:
-                    continue
-                for asked in piece.asked:
-                    short = int(asked.call_id[:16], 16)
-                    if asked.is_pending and short not in written:  # ids are unique in a file
-                        written.add(short)
-                        writers.of(piece).add(Question(asked.call_id, asked.request))
-        return Exported(tuple(writers.files), len(waiting), len(survey.without_records))
+    if not stages_that_ask(study):
+        return Exported()
+    if out is not None:
+        check_series_free(out)  # before a survey, which may take hours
+        paths = numbered_paths(out)
+    else:
+        paths = free_paths(Path(f"{study.name}-batch.jsonl"))
+    outstanding = None if again else Outstanding(store.root)
+    writer = _writer(study, store, paths, limits)
+    left_out: Counter[str] = Counter()
+    waiting: set[object] = set()
+    with Survey(study, store, study.cells, stages=stages) as survey, writer:
+        for piece, question in _pending(survey, waiting):
+            batch = None if outstanding is None else outstanding.batch_of(question.call_id)
+            if batch is None:
+                config = piece.model.config
+                assert isinstance(config, RemoteLLMConfig)  # checked before
+                writer.add(question, config, piece.model.identity)
+            else:
+                left_out[batch] += 1
+    return Exported(tuple(writer.files), len(waiting), len(survey.without_records), left_out)
 
 
-class _Writers(ExitStack):
-    """One writer per model."""
+def _writer(study: Study, store: Store, paths: Iterator[Path], limits: Limits) -> BatchWriter:
+    return BatchWriter(
+        store.root, study.name, paths, max_requests=limits.requests, max_bytes=limits.n_bytes
+    )
 
-    def __init__(self, study: Study, store: Store, out: Path, limits: Limits) -> None:
-        super().__init__()
-        self._study, self._store, self._limits = study, store, limits
-        self._paths = numbered_paths(out)
-        self._by_identity: dict[str, BatchWriter] = {}
 
-    @property
-    def files(self) -> list[BatchFile]:
-        return [file for writer in self._by_identity.values() for file in writer.files]
-
-    def of(self, piece: Piece) -> BatchWriter:
-        identity, config = piece.model.identity, piece.model.config
-        if identity not in self._by_identity:
-            assert isinstance(config, RemoteLLMConfig)  # checked before
-            writer = BatchWriter(
-                self._store.root,
-                self._study.name,
-                config,
-                identity,
-                self._paths,
-                max_requests=self._limits.requests,
-                max_bytes=self._limits.n_bytes,
-            )
-            self._by_identity[identity] = self.enter_context(writer)
-        return self._by_identity[identity]
+def _pending(survey: Survey, waiting: set[object]) -> Iterator[tuple[Piece, Question]]:
+    """Every question that is to be sent, once; cells that wait are added to ``waiting``."""
+    seen: set[int] = set()
+    for piece in survey.pieces():
+        if piece.waits:
+            waiting.add(piece.cell)
+        if piece.stage not in survey.stages:
+            continue
+        for asked in piece.asked:
+            short = int(asked.call_id[:16], 16)
+            if asked.is_pending and short not in seen:  # ids are unique in a file
+                seen.add(short)
+                yield piece, Question(asked.call_id, asked.request)
 
 
 def print_exported(study: Study, exported: Exported, console: Console) -> None:
@@ -115,10 +125,33 @@ def print_exported(study: Study, exported: Exported, console: Console) -> None:
         table = Table("file", "model", "requests", "MB", title=f"{study.name}: batch export")
         for file in exported.files:
             mb = f"{file.n_bytes / 1e6:,.1f}"
-            table.add_row(str(file.path), printable(file.model), f"{file.n_requests:,}", mb)
+            table.add_row(str(file.path), printable(file.config.model), f"{file.n_requests:,}", mb)
         console.print(table)
     for line in _next_steps(study, exported):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def readable_studies(folder: Path, console: Console) -> list[Study]:
+    """The studies of a folder that can be read; the others are named on the console.
+
+    Raises:
+        StudyError: If there is none.
+    """
+    studies: list[Study] = []
+    for path in sorted(folder.glob("*.yaml")):
+        try:
+            studies.append(load_study(path))
+        except StudyError as error:
+            line = (
+                f"Skipped: {path}: {error} If its store asked, mend it, or name one with --study."
+            )
+            console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+    if not studies:
+        raise StudyError(
+            f"{folder.resolve()}: no study there that can be read. Name the one that asked with "
+            "--study, start in the folder that holds studies/, or set AUTOINTERP_STUDIES."
+        )
+    return studies
 
 
 def import_batch(path: Path, roots: list[UPath]) -> Imported:
@@ -127,9 +160,14 @@ def import_batch(path: Path, roots: list[UPath]) -> Imported:
     Raises:
         StoreError: If the file cannot be read, or a store cannot be written.
     """
+    return import_answers(_lines_of(path), lambda batch: Batch.find(roots, batch))
+
+
+def _lines_of(path: Path) -> Iterator[bytes]:
+    """Only what goes wrong in here is a fault of the file."""
     try:
         with path.open("rb") as lines:
-            return import_answers(lines, lambda batch: Batch.find(roots, batch))
+            yield from lines
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}.") from error
 
@@ -167,14 +205,21 @@ def _outcome(imported: Imported) -> Iterator[str]:
             f"Next: `autointerp batch export {name}` for what is still to be asked; when nothing "
             f"is, `autointerp run {name} --replay`."
         )
+    if not imported.n_usable:
+        yield "No line could be used."
 
 
 def _next_steps(study: Study, exported: Exported) -> Iterator[str]:
     for file in exported.files:
-        answers = file.path.with_name(f"{file.path.stem}-answers.jsonl")
-        given, wanted = quote(str(file.path)), quote(str(answers))
-        yield f"vllm run-batch -i {given} -o {wanted} --model {quote(printable(file.model))}"
-        yield f"autointerp batch import {wanted}"
+        yield from _asking(file)
+    if exported.n_outstanding:
+        n = sum(exported.n_outstanding.values())
+        yield (
+            f"Left out: {n:,} that were exported before and are not answered yet. Import the "
+            "answers, or ask them again with --again:"
+        )
+        for batch, n_asked in exported.n_outstanding.items():
+            yield f"  {n_asked:,} in batch {printable(batch)}"
     if exported.n_waiting:
         yield (
             f"The scores of {exported.n_waiting} cells wait for explanations: import the answers, "
@@ -186,8 +231,21 @@ def _next_steps(study: Study, exported: Exported) -> Iterator[str]:
             f"latent_records. `autointerp run {study.name} --until latent_records` makes them; it "
             "asks no language model."
         )
-    if not (exported.files or exported.n_waiting or exported.n_without_records):
+    if not stages_that_ask(study):
+        yield asks_nobody(study)
+    elif exported == Exported():
         yield f"Nothing is left to ask. `autointerp run {study.name} --replay` makes the results."
+
+
+def _asking(file: BatchFile) -> Iterator[str]:
+    """How a file gets its answers, as commands where there are any."""
+    given, wanted = quote(str(file.path)), quote(str(answers_path(file.path)))
+    if urlsplit(file.config.base_url or "").hostname == "api.openai.com":
+        yield f"Upload {given} as a batch of the OpenAI API; save its output file as {wanted}"
+    else:
+        model = quote(printable(file.config.model))
+        yield f"vllm run-batch -i {given} -o {wanted} --model {model}"
+    yield f"autointerp batch import {wanted}"
 
 
 def _check_remote(study: Study, stages: Collection[str] | None) -> None:

@@ -20,6 +20,7 @@ from autointerp_dagster.cli.batch import (
     import_batch,
     print_exported,
     print_imported,
+    readable_studies,
 )
 from autointerp_dagster.cli.plan import missing_records, plan_as_json, print_plan
 from autointerp_dagster.cli.report import print_report
@@ -30,7 +31,7 @@ from autointerp_dagster.core.errors import AutoInterpError, StudyError
 from autointerp_dagster.resources.planning import plan_study
 from autointerp_dagster.resources.progress import on_terminal
 from autointerp_dagster.resources.store import StoreResource
-from autointerp_dagster.study import Study, find_studies, load_study
+from autointerp_dagster.study import Study, load_study
 
 app = typer.Typer(
     help="Explain and score the latents of sparse autoencoders.",
@@ -152,7 +153,10 @@ def export(
     study: StudyArgument,
     out: Annotated[
         Path | None,
-        typer.Option(help="The file; further ones are numbered. STUDY-batch.jsonl by default."),
+        typer.Option(
+            help="The file; further ones are numbered. By default STUDY-batch.jsonl, numbered if "
+            "there is one."
+        ),
     ] = None,
     stage: Annotated[
         list[str] | None,
@@ -160,6 +164,12 @@ def export(
             help="Only the questions of this stage, e.g. explanations; may be given several times."
         ),
     ] = None,
+    again: Annotated[
+        bool,
+        typer.Option(
+            "--again", help="Also what an earlier export asked and no import has answered yet."
+        ),
+    ] = False,
     max_requests: Annotated[int, typer.Option(min=1, help="Per file.")] = MAX_REQUESTS,
     max_mb: Annotated[float, typer.Option(min=0.001, help="Per file.")] = MAX_BYTES / 1e6,
 ) -> None:
@@ -167,12 +177,15 @@ def export(
 
     Scores need explanations, so there are two rounds at least: export, answer and import the
     explanations, then the scores. Answers in a wrong format are asked again in the next round.
+
+    What an earlier export asked is left out until its answers are imported; what came back without
+    an answer is asked again.
     """
     loaded = _study(study)
     limits = Limits(max_requests, int(max_mb * 1e6))
-    path = out or Path(f"{loaded.name}-batch.jsonl")
+    store = StoreResource().of(loaded)
     with Console(stderr=True).status("Going through the prompts"):
-        exported = export_batch(loaded, StoreResource().of(loaded), path, stage, limits)
+        exported = export_batch(loaded, store, out, stage, limits, again=again)
     print_exported(loaded, exported, console)
 
 
@@ -188,14 +201,17 @@ def import_(
     """Take the answers of a batch into the journal; the next run uses them.
 
     An answer that the journal has already is left alone. Lines without an answer are counted, with
-    their reason; the next export asks again.
+    their reason; the next export asks again. If no line could be used, the exit code is 1.
     """
     folder = Path(os.environ.get("AUTOINTERP_STUDIES", "studies"))
-    studies = find_studies(folder) if study is None else [_study(study)]
+    warnings = Console(stderr=True)
+    studies = readable_studies(folder, warnings) if study is None else [_study(study)]
     roots = list(dict.fromkeys(StoreResource().of(known).root for known in studies))
     with Console(stderr=True).status("Reading answers"):
         imported = import_batch(file, roots)
     print_imported(file, imported, console)
+    if not imported.n_usable:
+        raise typer.Exit(1)
 
 
 @app.command()

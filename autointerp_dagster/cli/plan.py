@@ -6,8 +6,9 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
-from autointerp_dagster.cli.report import printable
+from autointerp_dagster.cli.report import asks_nobody, printable
 from autointerp_dagster.core.config import LLMConfig, RemoteLLMConfig
+from autointerp_dagster.resources.pending import stages_that_ask
 from autointerp_dagster.resources.planning import StagePlan, StudyPlan
 from autointerp_dagster.study import Study
 
@@ -122,7 +123,8 @@ def _budgets_table(plan: StudyPlan) -> Table:
 
 
 def _notes(study: Study, plan: StudyPlan) -> list[str]:
-    lines = [missing_records(study, plan)] if plan.without_records else []
+    lines = [] if stages_that_ask(study) else [asks_nobody(study)]
+    lines += [missing_records(study, plan)] if plan.without_records else []
     asked = {s.model for s in plan.stages if s.n_requests}
     lines += [f"{s.stage} asks {s.model}." for s in plan.stages if len(asked) > 1 and s.n_requests]
     lines += [

@@ -1,5 +1,6 @@
 """What a finished study found, as tables in the terminal."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import polars as pl
@@ -10,25 +11,47 @@ from rich.text import Text
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.core.metrics import HEADLINE, judge_is_too_weak
 from autointerp_dagster.core.schemas import EXPLANATIONS, LATENT_METRICS, STUDY_METRICS
-from autointerp_dagster.core.types import LayerKey, WholeStudy
+from autointerp_dagster.core.types import Cell, LayerKey, WholeStudy
 from autointerp_dagster.study import Study
 
 Headlines = dict[tuple[Any, ...], dict[str, Any]]
 """Rows of ``latent_metrics`` by (coder, hookpoint, latent, explainer, scorer, subject)."""
 
+MAX_LATENTS = 50
+"""Of a study that are shown; a terminal holds no more that anybody reads."""
+
 _KEY = ["coder", "hookpoint", "latent", "explainer"]
 
 
-def print_report(study: Study, store: Store, console: Console) -> None:
-    """Prints each latent with explanations, scores, intervals and floors, and the comparisons."""
-    metrics = _cells(study, store, "latent_metrics", LATENT_METRICS.name)
-    explained = _cells(study, store, "explanations", EXPLANATIONS.name)
-    headline = _headlines(study, metrics)
-    for layer in study.layer_keys:
-        mine = explained.filter(
-            (pl.col("coder") == layer.coder) & (pl.col("hookpoint") == layer.hookpoint)
+def print_report(
+    study: Study, store: Store, console: Console, max_latents: int = MAX_LATENTS
+) -> None:
+    """Prints some latents with explanations, scores, intervals and floors, and the comparisons.
+
+    Every layer has its share of the latents shown, the first ones that were not skipped. One cell
+    at a time is in memory.
+
+    Args:
+        study: The study.
+        store: Its store.
+        console: Where to.
+        max_latents: Of the study that are shown.
+    """
+    room, n_more = max_latents, 0
+    cells: dict[LayerKey, list[Cell]] = {layer: [] for layer in study.layer_keys}
+    for cell in study.cells:
+        cells[cell.layer].append(cell)
+    for n_before, layer in enumerate(study.layer_keys):
+        share = -(-room // (len(cells) - n_before))
+        explained, headline, n_latents = _some_latents(study, store, cells[layer], share)
+        if explained.height:
+            console.print(_layer_table(study, layer, explained, headline))
+        n_shown = explained["latent"].n_unique()
+        room, n_more = room - n_shown, n_more + n_latents - n_shown
+    if n_more:
+        console.print(
+            f"{n_more:,} more latents are not shown. `autointerp why STUDY LAYER LATENT` shows one."
         )
-        console.print(_layer_table(study, layer, mine, headline))
     head = store.head(study.name, "study_metrics", str(WholeStudy()))
     if head is not None:
         comparisons = store.table(head.blob(STUDY_METRICS.name))
@@ -40,15 +63,40 @@ def print_report(study: Study, store: Store, console: Console) -> None:
     console.print("In the browser: `make ui`, then http://127.0.0.1:3000")
 
 
-def _cells(study: Study, store: Store, asset: str, table: str) -> pl.DataFrame:
-    heads = [store.head(study.name, asset, str(cell)) for cell in study.cells]
-    return pl.concat(
-        store.table(blob)
-        for head in heads
-        if head is not None
-        for blob in head.blobs
-        if blob.name.split("/")[0] == table
-    )
+def _some_latents(
+    study: Study, store: Store, cells: Sequence[Cell], room: int
+) -> tuple[pl.DataFrame, Headlines, int]:
+    """The explanations and scores of a layer's first latents, and how many latents it has.
+
+    Skipped latents are left out.
+    """
+    frames, headlines, n_latents = [EXPLANATIONS.empty()], Headlines(), 0
+    for cell in cells:
+        mine = pl.concat(
+            [
+                frame.filter(pl.col("selected") & (pl.col("status") != "skipped"))
+                for frame in _tables(study, store, cell, "explanations", EXPLANATIONS.name)
+            ]
+            or [EXPLANATIONS.empty()]
+        )
+        latents = mine["latent"].unique().sort()
+        n_latents += len(latents)
+        shown = latents.head(room).to_list()
+        if len(shown):
+            room -= len(shown)
+            frames.append(mine.filter(pl.col("latent").is_in(shown)))
+            for frame in _tables(study, store, cell, "latent_metrics", LATENT_METRICS.name):
+                headlines |= _headlines(study, frame.filter(pl.col("latent").is_in(shown)))
+    return pl.concat(frames), headlines, n_latents
+
+
+def _tables(
+    study: Study, store: Store, cell: Cell, asset: str, table: str
+) -> Iterator[pl.DataFrame]:
+    head = store.head(study.name, asset, str(cell))
+    for blob in () if head is None else head.blobs:
+        if blob.name.split("/")[0] == table:
+            yield store.table(blob)
 
 
 def _layer_table(
@@ -60,7 +108,7 @@ def _layer_table(
         metric = HEADLINE[scorer].replace("balanced_", "bal.")
         table.add_column(f"{scorer}\n{metric}", no_wrap=True, min_width=12)
     last = None
-    for row in explained.filter(pl.col("selected")).sort(_KEY).iter_rows(named=True):
+    for row in explained.sort(_KEY).iter_rows(named=True):
         key = tuple(row[name] for name in _KEY)
         if last not in (None, row["latent"]):
             table.add_section()
@@ -70,6 +118,14 @@ def _layer_table(
         scores = [_score(headline, key, scorer) for scorer in study.scorers.asked]
         table.add_row(text, *scores)
     return table
+
+
+def asks_nobody(study: Study) -> str:
+    """What to say where questions are wanted of a study that has none."""
+    return (
+        f"No stage of study {study.name} asks a language model. `autointerp run {study.name}` "
+        "makes the results."
+    )
 
 
 def printable(text: str) -> str:

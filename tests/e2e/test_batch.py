@@ -1,6 +1,7 @@
 """Questions out as a file, answers in from a file: the same study without a connection."""
 
 import json
+import re
 import shutil
 
 import dagster as dg
@@ -178,12 +179,130 @@ def test_lines_without_an_answer_are_counted_and_the_others_kept(bench, tmp_path
     shown = " ".join(imported.stdout.split())
     for row in ("recorded │ 1", "known already │ 1", "failed │ 4", "unknown │ 1"):
         assert row in shown
-    assert "line 2: status None" in imported.stdout
+    assert "line 2: " in imported.stdout
     assert "no [bold]" in imported.stdout  # as it is, not as markup
-    assert "line 3: status 500" in imported.stdout
+    assert "line 3: HTTP 500" in imported.stdout
     assert "line 7: not JSON; the file may be cut short" in imported.stdout
-    invoke("batch", "export", bench.path, "--out", tmp_path / "rest.jsonl")
-    assert len(lines_of(tmp_path / "rest.jsonl")) == 3
+    rest = invoke("batch", "export", bench.path, "--out", tmp_path / "rest.jsonl")
+    assert len(lines_of(tmp_path / "rest.jsonl")) == 2
+    assert "Left out: 1 that were exported before" in rest.stdout  # nothing is known of line 4
+    invoke("batch", "export", bench.path, "--out", tmp_path / "every.jsonl", "--again")
+    assert len(lines_of(tmp_path / "every.jsonl")) == 3
+
+
+def test_the_advice_of_an_import_can_be_followed_as_it_is(bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTOINTERP_STUDIES", str(bench.path.parent))
+    monkeypatch.chdir(tmp_path)
+    assert invoke("batch", "export", "planted").exit_code == 0
+    run_batch(tmp_path / "planted-batch.jsonl", tmp_path / "planted-batch-answers.jsonl")
+    imported = invoke("batch", "import", "planted-batch-answers.jsonl")
+    assert "Next: `autointerp batch export planted`" in imported.stdout
+    exported = invoke("batch", "export", "planted")
+    assert exported.exit_code == 0, exported.output
+    assert "autointerp batch import planted-batch-2-answers.jsonl" in exported.stdout
+    assert lines_of(tmp_path / "planted-batch-2.jsonl")
+
+
+def test_what_is_being_answered_is_not_asked_twice_unless_told_to(bench, tmp_path):
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    invoke("batch", "export", bench.path, "--out", first, "--max-requests", 3)
+    export = ("batch", "export", bench.path, "--out", second)
+    answer = invoke(*export)
+    assert answer.exit_code == 0
+    assert not second.exists()
+    assert "Left out: 4 that were exported before and are not answered yet" in answer.stdout
+    assert re.search(rf"3 in batch [0-9a-f]{{8}} \({first}\)", answer.stdout)
+    assert "Nothing is left to ask" not in answer.stdout
+    assert invoke(*export, "--again").exit_code == 0
+    assert ids_of(second) == ids_of(first) | ids_of(tmp_path / "first-2.jsonl")
+
+
+def ids_of(path):
+    return {line["custom_id"].split("-")[1] for line in lines_of(path)}
+
+
+def test_a_name_that_is_taken_ends_an_export_before_it_has_begun(bench, tmp_path):
+    out, taken = tmp_path / "out.jsonl", tmp_path / "out-2.jsonl"
+    taken.touch()
+    answer = invoke("batch", "export", bench.path, "--out", out, "--max-requests", 3)
+    assert answer.exit_code == 1
+    assert f"{taken}: exists already" in answer.stderr
+    assert not out.exists()
+    assert not list((tmp_path / "store").glob("batches/*"))
+
+
+def test_a_file_that_cannot_be_written_is_named(bench, tmp_path):
+    answer = invoke("batch", "export", bench.path, "--out", "/proc/nope/x.jsonl")
+    assert answer.exit_code == 1
+    assert "StoreError /proc/nope/x.jsonl: cannot be written" in answer.stderr
+
+
+def test_an_import_of_nothing_usable_fails(bench, tmp_path):
+    answers = tmp_path / "answers.jsonl"
+    for text in ("", "[" * 200_000, '{"custom_id": "00000000-1"}'):
+        answers.write_text(text)
+        imported = invoke("batch", "import", answers, "--study", bench.path)
+        assert imported.exit_code == 1
+        assert "No line could be used." in imported.stdout
+
+
+def test_an_import_looks_past_a_broken_study_and_names_it(bench, tmp_path, monkeypatch):
+    out, answers = tmp_path / "out.jsonl", tmp_path / "answers.jsonl"
+    invoke("batch", "export", bench.path, "--out", out)
+    run_batch(out, answers)
+    broken = bench.path.with_name("a_broken.yaml")
+    broken.write_text("layers: [\n")
+    monkeypatch.setenv("AUTOINTERP_STUDIES", str(broken.parent))
+    imported = invoke("batch", "import", answers)
+    assert imported.exit_code == 0, imported.output
+    assert f"Skipped: {broken}" in imported.stderr
+    assert "--study" in imported.stderr
+    bench.path.unlink()
+    nothing = invoke("batch", "import", answers)
+    assert nothing.exit_code == 1
+    assert "no study there that can be read" in nothing.stderr
+
+
+def test_a_journal_that_cannot_be_written_is_not_blamed_on_the_file(bench, tmp_path):
+    out, answers = tmp_path / "out.jsonl", tmp_path / "answers.jsonl"
+    invoke("batch", "export", bench.path, "--out", out)
+    run_batch(out, answers)
+    shutil.rmtree(tmp_path / "store" / "journal-wal", ignore_errors=True)
+    (tmp_path / "store" / "journal-wal").write_text("no folder")
+    imported = invoke("batch", "import", answers, "--study", bench.path)
+    assert imported.exit_code == 1
+    assert "answers.jsonl" not in imported.stderr
+    assert "journal-wal" in imported.stderr
+    missing = invoke("batch", "import", tmp_path / "nowhere.jsonl", "--study", bench.path)
+    assert "nowhere.jsonl: cannot be read" in missing.stderr
+
+
+def test_openais_own_batches_are_uploaded(bench, tmp_path):
+    there = {"base_url": "https://api.openai.com/v1", "model": "gpt-x"}
+    models = {**bench.overrides, "models": {"explainer": there, "judge": there}}
+    other = Bench(bench.folder, bench.world, bench.base_url, bench.instance, models)
+    answer = invoke("batch", "export", other.path, "--out", tmp_path / "out.jsonl")
+    assert answer.exit_code == 0, answer.output
+    assert "vllm" not in answer.stdout
+    assert f"Upload {tmp_path / 'out.jsonl'} as a batch of the OpenAI API" in answer.stdout
+    assert f"autointerp batch import {tmp_path / 'out-answers.jsonl'}" in answer.stdout
+
+
+def test_a_study_that_asks_no_model_says_so(bench, tmp_path):
+    silent = {
+        "explainers": {"default": None, "top_tokens": {"kind": "top_tokens"}},
+        "scorers": {"detection": None, "fuzzing": None, "embedding": {}},
+        "models": {"embedder": {"source": "embedded:all-minilm-l6-v2"}},
+    }
+    other = Bench(bench.folder, bench.world, bench.base_url, bench.instance,
+                  {**bench.overrides, **silent})  # fmt: skip
+    answer = invoke("batch", "export", other.path, "--out", tmp_path / "out.jsonl")
+    assert answer.exit_code == 0, answer.output
+    assert "No stage of study planted asks a language model." in answer.stdout
+    assert "Nothing is left" not in answer.stdout
+    planned = invoke("plan", other.path)
+    assert planned.exit_code == 0, planned.output
+    assert "No stage of study planted asks a language model." in planned.stdout
 
 
 def test_importing_twice_records_once(bench, tmp_path):

@@ -1,13 +1,16 @@
 """The commands, on a study that is done."""
 
+import io
 import re
 
 import polars as pl
 import pytest
 from bench import SMALL, Bench
+from rich.console import Console
 from typer.testing import CliRunner
 
 from autointerp_dagster.cli import app
+from autointerp_dagster.cli.report import print_report
 from autointerp_dagster.cli.why import Walk
 
 
@@ -76,6 +79,32 @@ def test_status_counts_what_is_done(small):
     n_cells = len(small.study.cells)
     assert re.search(rf"score_detection\W+{n_cells}/{n_cells}", answer.stdout)
     assert re.search(r"study_metrics\W+1/1", answer.stdout)
+
+
+def report_of(bench, **limits):
+    console = Console(file=io.StringIO(), width=200)
+    print_report(bench.study, bench.store, console, **limits)
+    return console.file.getvalue()
+
+
+def test_a_report_has_every_latent_that_was_not_skipped(small):
+    shown = report_of(small)
+    explained = small.table("explanations", "explanations")
+    for row in explained.iter_rows(named=True):
+        is_shown = re.search(rf"\W{row['latent']} {row['explainer']}", shown) is not None
+        same = (pl.col("latent") == row["latent"]) & (pl.col("status") != "skipped")
+        assert is_shown == (explained.filter(same).height > 0)
+    assert (explained["status"] == "skipped").any()
+    assert "not shown" not in shown
+
+
+def test_a_report_of_many_latents_shows_some_of_every_layer(small):
+    shown = report_of(small, max_latents=2)
+    explained = small.table("explanations", "explanations").filter(pl.col("status") != "skipped")
+    n_latents = explained.select("hookpoint", "latent").n_unique()
+    assert len(re.findall(r"\d default", shown)) == explained["hookpoint"].n_unique() == 2
+    assert f"{n_latents - 2} more latents are not shown" in shown
+    assert "autointerp why STUDY LAYER LATENT" in shown
 
 
 def test_a_dry_run_says_what_there_is_and_changes_nothing(world, server, tmp_path, instance):

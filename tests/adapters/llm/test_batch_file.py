@@ -1,20 +1,29 @@
 """What is written into batch files, and that every answer finds its question again."""
 
 import json
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from llm_requests import BLOCK
+from pyarrow import Table
 from upath import UPath
 
-from autointerp_dagster.adapters.llm.batch.answers import import_answers
+from autointerp_dagster.adapters.llm.batch.answers import MAX_BATCHES, import_answers
 from autointerp_dagster.adapters.llm.batch.files import (
-    Batch,
     BatchWriter,
-    Question,
+    check_series_free,
+    free_paths,
     numbered_paths,
+)
+from autointerp_dagster.adapters.llm.batch.records import (
+    Batch,
+    Outstanding,
+    Question,
+    note_failed,
     split_custom_id,
 )
 from autointerp_dagster.adapters.llm.factory import open_journal
@@ -45,10 +54,18 @@ REQUESTS = [
 
 def export(root: Path, requests: list[Request], **limits: int) -> BatchWriter:
     out = numbered_paths(root / "out.jsonl")
-    with BatchWriter(UPath(root / "store"), "study", CONFIG, "me", out, **limits) as writer:
+    with BatchWriter(UPath(root / "store"), "study", out, **limits) as writer:
         for request in requests:
-            writer.add(Question(request.call_id("me"), request))
+            writer.add(Question(request.call_id("me"), request), CONFIG, "me")
     return writer
+
+
+def files_below(root: Path) -> list[Path]:
+    return [path for path in root.rglob("*") if path.is_file()]
+
+
+def ask(number: int) -> Request:
+    return Request((Message("user", str(number)),), FreeText(), "u", BLOCK)
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -109,14 +126,143 @@ def test_no_file_exceeds_its_limits_and_nothing_is_lost(
 def test_an_export_that_fails_leaves_no_file_and_no_record(tmp_path: Path) -> None:
     broken = Request((), Continuation(), "u", BLOCK)  # without a prompt
     with pytest.raises(ValueError, match="wanted a plain text"):
-        export(tmp_path, [REQUESTS[0], broken])
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+        export(tmp_path, [*REQUESTS, broken], max_requests=2)
+    assert files_below(tmp_path) == []
+
+
+def test_nobody_sees_a_file_or_a_record_before_the_export_is_whole(tmp_path: Path) -> None:
+    store, out = UPath(tmp_path / "store"), numbered_paths(tmp_path / "out.jsonl")
+    with BatchWriter(store, "study", out, max_requests=2) as writer:
+        for request in REQUESTS:
+            writer.add(Question(request.call_id("me"), request), CONFIG, "me")
+        assert {path.suffix for path in files_below(tmp_path)} == {".part"}
+    assert len(writer.files) == 3
+    assert {path.suffix for path in files_below(tmp_path)} == {".jsonl", ".parquet"}
+
+
+def test_an_export_whose_last_name_is_taken_meanwhile_takes_all_back(tmp_path: Path) -> None:
+    store, out = UPath(tmp_path / "store"), numbered_paths(tmp_path / "out.jsonl")
+    writer = BatchWriter(store, "study", out, max_requests=2)
+    for request in REQUESTS:
+        writer.add(Question(request.call_id("me"), request), CONFIG, "me")
+    (tmp_path / "out-3.jsonl").touch()
+    with pytest.raises(StoreError, match=r"out-3\.jsonl: exists already"), writer:
+        pass
+    assert writer.files == []
+    assert files_below(tmp_path) == [tmp_path / "out-3.jsonl"]
 
 
 def test_a_file_is_never_overwritten(tmp_path: Path) -> None:
     export(tmp_path, REQUESTS)
     with pytest.raises(StoreError, match=r"out\.jsonl: exists already"):
         export(tmp_path, REQUESTS)
+
+
+def test_a_name_that_an_export_may_need_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    (tmp_path / "out-2.jsonl").touch()
+    with pytest.raises(StoreError, match=r"out-2\.jsonl: exists already"):
+        check_series_free(tmp_path / "out.jsonl")
+    (tmp_path / "else-answers.jsonl").touch()
+    check_series_free(tmp_path / "else.jsonl")
+    check_series_free(tmp_path / "nowhere" / "out.jsonl")
+
+
+def test_a_default_name_is_the_first_that_is_free(tmp_path: Path) -> None:
+    for name in ("out.jsonl", "out-2-answers.jsonl", "out-4.jsonl"):
+        (tmp_path / name).touch()
+    names = free_paths(tmp_path / "out.jsonl")
+    assert [next(names).name, next(names).name] == ["out-3.jsonl", "out-5.jsonl"]
+
+
+@pytest.mark.parametrize("folder", ["/proc/nope", "file"])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").touch()
+    out = numbered_paths(tmp_path / folder / "x.jsonl")
+    with (
+        pytest.raises(StoreError, match=r"x\.jsonl: cannot be written"),
+        BatchWriter(UPath(tmp_path / "store"), "study", out) as writer,
+    ):
+        writer.add(Question("0" * 32, REQUESTS[0]), CONFIG, "me")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux alone has a full disk at hand")
+def test_a_full_disk_is_an_error_of_the_store_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl.part").symlink_to("/dev/full")
+    with pytest.raises(StoreError, match=r"out\.jsonl: cannot be written: No space left"):
+        export(tmp_path, REQUESTS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_an_earlier_batch_asked_is_known_until_it_came_back_without_an_answer(
+    tmp_path: Path,
+) -> None:
+    requests, store = [ask(i) for i in range(600)], UPath(tmp_path / "store")
+    ids = [request.call_id("me") for request in requests]
+    assert any(call_id.endswith("00") for call_id in ids)
+    first, second = export(tmp_path, requests, max_requests=400).files
+    outstanding = Outstanding(store)
+    assert outstanding.batch_of(ids[399]) == f"{first.batch} ({first.path})"
+    named = {second.batch: 200, first.batch: 400}
+    found = [str(outstanding.batch_of(call_id)).split()[0] for call_id in ids]
+    assert {batch: found.count(batch) for batch in set(found)} == named
+    assert outstanding.batch_of("f" * 32) is None
+    note_failed(store, first.batch, ids[:3])
+    note_failed(store, first.batch, ids[2:4])
+    again = Outstanding(store)
+    assert [again.batch_of(call_id) is None for call_id in ids[:6]] == [True] * 4 + [False] * 2
+
+
+def test_a_store_without_batches_waits_for_nothing(tmp_path: Path) -> None:
+    assert Outstanding(UPath(tmp_path / "store")).batch_of("0" * 32) is None
+
+
+def test_an_import_tells_what_failed_from_what_is_not_there_yet(tmp_path: Path) -> None:
+    requests = [ask(i) for i in range(3)]
+    (file,) = export(tmp_path, requests).files
+    ids = [request.call_id("me") for request in requests]
+    take(tmp_path, answered(f"{file.batch}-{ids[0]}", status=500))
+    outstanding = Outstanding(UPath(tmp_path / "store"))
+    assert [outstanding.batch_of(call_id) is None for call_id in ids] == [True, False, False]
+
+
+def test_an_import_keeps_few_batches_in_memory(tmp_path: Path) -> None:
+    requests, store = [ask(i) for i in range(10)], UPath(tmp_path / "store")
+    files = export(tmp_path, requests, max_requests=1).files
+    alive: list[weakref.ref[Table]] = []
+    most = 0
+
+    def find(name: str) -> Batch | None:
+        nonlocal most
+        most = max(most, sum(table() is not None for table in alive))
+        batch = Batch.find([store], name)
+        assert batch is not None
+        alive.append(weakref.ref(batch._table))
+        return batch
+
+    lines = [
+        answered(f"{file.batch}-{request.call_id('me')}", "[X]: x")
+        for file, request in zip(files, requests, strict=True)
+    ]
+    imported = import_answers([*lines, lines[-1]], find)
+    assert (imported.n_recorded, imported.n_known, len(alive)) == (10, 1, 10)
+    assert most <= MAX_BATCHES
+
+
+@pytest.mark.parametrize("where", ["line", "custom_id", "error", "body"])
+def test_a_line_that_is_nested_too_deeply_is_a_failed_line(tmp_path: Path, where: str) -> None:
+    (file,) = export(tmp_path, REQUESTS[:1]).files
+    custom_id = f"{file.batch}-{REQUESTS[0].call_id('me')}".encode()
+    for depth in (300, 600, 900, 950, 980, 990, 200_000):
+        deep = b"[" * depth + b"]" * depth
+        line = {
+            "line": deep,
+            "custom_id": b'{"custom_id": %b}' % deep,
+            "error": b'{"custom_id": "%b", "error": %b}' % (custom_id, deep),
+            "body": b'{"custom_id": "%b", "response": {"status_code": 200, "body": %b}}'
+            % (custom_id, deep),
+        }[where]
+        imported = take(tmp_path, line)
+        assert imported.n_failed + imported.n_unknown == 1
 
 
 def test_an_answer_is_recorded_with_its_price_under_the_question_it_answers(tmp_path: Path) -> None:
@@ -144,6 +290,15 @@ def test_a_prompt_that_is_too_long_is_an_answer(tmp_path: Path) -> None:
     assert reply.reason == "too_long"
 
 
+def test_a_refusal_that_repeats_the_question_is_no_answer(tmp_path: Path) -> None:
+    request = replace(REQUESTS[0], messages=(Message("user", "What is a context window made of?"),))
+    (file,) = export(tmp_path, [request]).files
+    problem = {"msg": "no", "input": "What is a context window made of?"}
+    line = {"custom_id": f"{file.batch}-{request.call_id('me')}", "error": None,
+            "response": {"status_code": 422, "body": {"detail": [problem]}}}  # fmt: skip
+    assert take(tmp_path, json.dumps(line).encode()).n_failed == 1
+
+
 NAMES = st.sampled_from(["custom_id", "response", "error", "status_code", "body", "choices"])
 JSON = st.recursive(
     st.none() | st.integers() | st.text(max_size=5),
@@ -160,7 +315,9 @@ def test_no_line_breaks_an_import(tmp_path_factory: pytest.TempPathFactory, line
 
 
 @pytest.mark.parametrize("body", [None, [], {}, {"choices": []}, {"choices": [{"message": 3}]},
-                                  {"error": {"message": "no"}}, "text"])  # fmt: skip
+                                  {"error": {"message": "no"}}, {"error": {"code": 429}},
+                                  {"choices": [{"text": "a", "finish_reason": "abort"}]},
+                                  {"choices": [{"text": "a", "logprobs": 7}]}, "text"])  # fmt: skip
 def test_a_body_that_is_no_completion_is_a_failure_of_its_line(
     tmp_path: Path, body: object
 ) -> None:

@@ -1,7 +1,7 @@
 """The answers of a batch file, as OpenAI and ``vllm run-batch`` write them, into the journal."""
 
 import json
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -10,21 +10,28 @@ from typing import Any, NamedTuple
 
 from upath import UPath
 
-from autointerp_dagster.adapters.llm.backend import TOO_LONG, CallError, Reply
-from autointerp_dagster.adapters.llm.batch.files import Batch, Question, split_custom_id
+from autointerp_dagster.adapters.llm.backend import CallError, Reply
+from autointerp_dagster.adapters.llm.batch.records import (
+    Batch,
+    Question,
+    note_failed,
+    split_custom_id,
+)
 from autointerp_dagster.adapters.llm.factory import open_journal
 from autointerp_dagster.adapters.llm.journal.entries import Entry
 from autointerp_dagster.adapters.llm.journal.journal import Journal
+from autointerp_dagster.adapters.llm.remote.errors import RefusedError, declined
 from autointerp_dagster.adapters.llm.remote.reply import reply_of
 from autointerp_dagster.core.errors import LLMError
 from autointerp_dagster.core.llm import Usage
 
 MAX_UNSAVED = 4096
 """Answers on their way to the disk at once."""
+MAX_BATCHES = 2
+"""Whose questions are in memory at once: a file of answers goes through one after the other."""
 MAX_SHOWN = 20
 """Faults kept with their reason; the others are counted."""
 _LONGEST_REASON = 200
-_TOO_LONG_WORDS = ("context length", "context window", "context size", "context_length")
 
 FindBatch = Callable[[str], Batch | None]
 """From a batch's name to what it asked; null if no store knows it."""
@@ -58,6 +65,11 @@ class Imported:
     studies: set[str] = field(default_factory=set)
     """Whose questions were answered."""
 
+    @property
+    def n_usable(self) -> int:
+        """Lines with an answer."""
+        return self.n_recorded + self.n_known
+
     def note(self, line: int, reason: str) -> None:
         """Keep why a line was not used, if there is room."""
         if len(self.faults) < MAX_SHOWN:
@@ -88,6 +100,7 @@ def import_answers(lines: Iterable[bytes], find_batch: FindBatch) -> Imported:
             if line.strip():
                 importer.take(number, line)
         importer.wait(0)
+        importer.note_failed()
     return imported
 
 
@@ -96,10 +109,11 @@ class _Importer:
         self._imported = imported
         self._find_batch = find_batch
         self._opened = opened
-        self._batches: dict[str, Batch | None] = {}
+        self._batches: OrderedDict[str, Batch | None] = OrderedDict()
         self._journals: dict[UPath, Journal] = {}
-        self._recorded: set[str] = set()  # a file may hold an answer twice
-        self._unsaved: deque[Future[None]] = deque()
+        self._unsaved: deque[tuple[str, Future[None]]] = deque()
+        self._unsaved_ids: set[str] = set()  # a file may hold an answer twice
+        self._failed: dict[tuple[UPath, str], set[str]] = {}
 
     def take(self, number: int, line: bytes) -> None:
         """Use one line, or note why not."""
@@ -112,31 +126,41 @@ class _Importer:
         found = self._question(content.get("custom_id"))
         if found is None:
             self._imported.n_unknown += 1
-            self._imported.note(number, f"asked by no store here: {content.get('custom_id')!r}")
+            custom_id = content.get("custom_id")
+            shown = repr(custom_id) if isinstance(custom_id, str) else "no custom_id"
+            self._imported.note(number, f"asked by no store here: {shown}")
             return
         batch, question = found
         try:
             reply = _reply(content, question, batch)
-        except _UnusableError as error:
+        except (_UnusableError, RecursionError) as error:  # an error may be nested deeply, too
             self._imported.n_failed += 1
             self._imported.note(number, str(error))
+            self._failed.setdefault((batch.root, batch.name), set()).add(question.call_id)
             return
         self._record(batch, question, reply)
 
     def wait(self, n_left: int) -> None:
         """Return once at most ``n_left`` answers are not yet durable."""
         while len(self._unsaved) > n_left:
-            self._unsaved.popleft().result()
+            call_id, saved = self._unsaved.popleft()
+            saved.result()
+            self._unsaved_ids.discard(call_id)
+
+    def note_failed(self) -> None:
+        """Let the next export ask again what came back without an answer."""
+        for (root, batch), call_ids in self._failed.items():
+            note_failed(root, batch, call_ids)
 
     def _record(self, batch: Batch, question: Question, reply: Reply) -> None:
         journal, block = self._journal(batch.root), question.request.block
         call_id = question.call_id
-        if call_id in self._recorded or journal.lookup(block, call_id) is not None:
+        if call_id in self._unsaved_ids or journal.lookup(block, call_id) is not None:
             self._imported.n_known += 1
             return
         entry = Entry.of(call_id, batch.identity, question.request, reply)
-        self._unsaved.append(journal.record(block, entry))
-        self._recorded.add(call_id)
+        self._unsaved.append((call_id, journal.record(block, entry)))
+        self._unsaved_ids.add(call_id)
         self._imported.n_recorded += 1
         self._imported.usage += reply.usage
         self._imported.studies.add(batch.study)
@@ -147,11 +171,17 @@ class _Importer:
         if parts is None:
             return None
         name, call_id = parts
-        if name not in self._batches:
-            self._batches[name] = self._find_batch(name)
-        batch = self._batches[name]
+        batch = self._batch(name)
         question = None if batch is None else batch.question(call_id)
         return None if batch is None or question is None else (batch, question)
+
+    def _batch(self, name: str) -> Batch | None:
+        if name not in self._batches:
+            if len(self._batches) >= MAX_BATCHES:
+                self._batches.popitem(last=False)
+            self._batches[name] = self._find_batch(name)
+        self._batches.move_to_end(name)
+        return self._batches[name]
 
     def _journal(self, root: UPath) -> Journal:
         if root not in self._journals:
@@ -162,7 +192,7 @@ class _Importer:
 def _content_of(line: bytes) -> dict[str, Any]:
     try:
         content = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError, OverflowError) as error:
         raise _UnusableError("not JSON; the file may be cut short") from error
     if not isinstance(content, dict):
         raise _UnusableError("not a JSON object")
@@ -171,27 +201,26 @@ def _content_of(line: bytes) -> dict[str, Any]:
 
 def _reply(content: dict[str, Any], question: Question, batch: Batch) -> Reply:
     """The reply in a line; one that the server declined for good is a reply, too."""
+    try:
+        return _answer(content, question, batch)
+    except RefusedError as refused:
+        reply = declined(refused)
+        if reply is not None:
+            return reply
+        raise _UnusableError(f"{refused.what}: {refused.words}") from refused
+    except (CallError, LLMError) as problem:
+        raise _UnusableError(str(problem)) from problem
+
+
+def _answer(content: dict[str, Any], question: Question, batch: Batch) -> Reply:
     response, error = content.get("response"), content.get("error")
     response = response if isinstance(response, dict) else {}
     status, body = response.get("status_code"), response.get("body")
-    if error is not None or status != 200 or not isinstance(body, dict):
-        complaint = json.dumps([error, body], ensure_ascii=False)
-        declined = _declined(status, complaint.lower())
-        if declined is not None:
-            return Reply(text=None, finish_reason=declined)
-        raise _UnusableError(f"status {status}: {complaint}")
-    try:
-        return reply_of(body, question.request, batch.config)
-    except (CallError, LLMError) as problem:
-        raise _UnusableError(str(problem)) from problem
-    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as problem:
-        raise _UnusableError(f"the body is no completion ({type(problem).__name__})") from problem
+    if error is not None or status != 200:
+        raise RefusedError(_status_of(status), [error, body], question.request, batch.config)
+    return reply_of(body, question.request, batch.config)
 
 
-def _declined(status: object, complaint: str) -> str | None:
-    """The finish reason of an error that would come again; null for any other."""
-    if status not in (400, 413, 422):
-        return None
-    if "content_filter" in complaint:
-        return "content_filter"
-    return TOO_LONG if any(words in complaint for words in _TOO_LONG_WORDS) else None
+def _status_of(status: object) -> int:
+    """The status of a line that holds no answer; 500 where it names none."""
+    return status if isinstance(status, int) and status >= 400 else 500
