@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from math import inf
 from typing import Literal
 
+from autointerp_dagster.adapters.llm.backend import CallError
+
 FIRST_LIMIT = 32
 """Calls under way before the first answer: what one latent has ready for a scorer, as a rule. The
 default maximum, 64, is reached one round trip later."""
@@ -43,12 +45,14 @@ class Backoff:
     minutes if it never asks for a longer wait."""
     unreachable_tries: int = 3
     """Before an endpoint that never answered is given up; then nothing is asked any more."""
-    lost_tries: int = 10
-    """Likewise an endpoint that did answer: about a minute after nothing listens any more."""
-    denied_calls: int = 5
-    """How many calls in a row may be denied by an endpoint that did answer; likewise."""
+    denied_first: int = 5
+    """How many calls may be denied by an endpoint that never answered; likewise."""
+    denied_calls: int = 50
+    """How many in a row by one that did answer; likewise. The key is good, for that is looked up
+    first: so many prompts together may be against a provider's rules."""
     silent_s: float = 600.0
-    """Likewise seconds without any answer, if at least ``silent_calls`` failed in them."""
+    """Likewise seconds without any answer, if at least ``silent_calls`` failed in them. A server
+    may be away for so long; waits that it asked for itself do not count."""
     silent_calls: int = 20
     first_s: float = 0.5
     """Upper end of the first wait; doubles with every try."""
@@ -125,7 +129,10 @@ class EndpointHealth:
     def __init__(self, backoff: Backoff) -> None:
         self._backoff = backoff
         self._has_answered = False
-        self._failing_since: float | None = None
+        self._failed_at: float | None = None
+        self._failing_s = 0.0
+        """Since the first failure of the series, without the waits that the server asked for."""
+        self._asked_to_wait_until = -inf
         self._n_failed = 0
         self._n_denied = 0
         self._n_lost = 0
@@ -138,8 +145,9 @@ class EndpointHealth:
     def answered(self) -> None:
         """Take note of an answer, which ends every series of failures."""
         self._has_answered = True
-        if self._failing_since is not None:
-            self._failing_since = None
+        if self._failed_at is not None:
+            self._failed_at = None
+            self._failing_s = 0.0
             self._n_failed = self._n_denied = self._n_lost = 0
 
     def failed(
@@ -154,11 +162,14 @@ class EndpointHealth:
             retry_after_s: What the server asked for.
             lot: Uniform in [0, 1), for the wait of all calls where nothing listens.
         """
-        if self._failing_since is None:
-            self._failing_since = now
+        if self._failed_at is not None:
+            since = max(self._failed_at, self._asked_to_wait_until)
+            self._failing_s += max(0.0, now - since)
+        self._failed_at = now
         self._n_failed += 1
         if retry_after_s is not None:
-            self.closed_until = max(self.closed_until, now + retry_after_s)
+            self._asked_to_wait_until = max(self._asked_to_wait_until, now + retry_after_s)
+            self.closed_until = max(self.closed_until, self._asked_to_wait_until)
         if failure == "denied":
             self._n_denied += 1
         # Calls that found nobody together count once.
@@ -167,11 +178,21 @@ class EndpointHealth:
             self._lost_at = now
             pause_s = self._backoff.wait_s(self._n_lost, None, lot)
             self.closed_until = max(self.closed_until, now + pause_s)
-        self.is_hopeless = self.is_hopeless or self._has_no_hope(now - self._failing_since)
+        self.is_hopeless = self.is_hopeless or self._has_no_hope()
 
-    def _has_no_hope(self, failing_s: float) -> bool:
+    def _has_no_hope(self) -> bool:
         backoff = self._backoff
-        denied_calls = backoff.denied_calls if self._has_answered else 1
-        lost_tries = backoff.lost_tries if self._has_answered else backoff.unreachable_tries
-        is_silent = failing_s >= backoff.silent_s and self._n_failed >= backoff.silent_calls
-        return self._n_denied >= denied_calls or self._n_lost >= lost_tries or is_silent
+        if self._failing_s >= backoff.silent_s and self._n_failed >= backoff.silent_calls:
+            return True
+        if self._has_answered:
+            return self._n_denied >= backoff.denied_calls
+        return self._n_denied >= backoff.denied_first or self._n_lost >= backoff.unreachable_tries
+
+
+def failure_of(error: CallError) -> Failure:
+    """What a call's failure says about its endpoint."""
+    if error.endpoint:
+        return "unreachable" if error.retriable else "denied"
+    if error.busy:
+        return "busy"
+    return "late" if error.timed_out else "other"

@@ -2,7 +2,8 @@
 
 1. Before a call its cost is estimated from above and reserved.
 2. The call is made only if what was spent, what is reserved and the estimate stay in every limit.
-3. The real usage takes the reservation's place.
+3. The real usage takes the reservation's place; where nobody knows it (no answer came in time, or
+   an unreadable one), the estimate does, for the call may have been paid.
 4. What this session spent is kept in the store, so that the next run of the study knows.
 """
 
@@ -12,11 +13,11 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import ceil
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from upath import UPath
 
@@ -28,6 +29,9 @@ from autointerp_dagster.study import BudgetConfig
 
 SAFETY = 1.3
 """Factor on estimated prompt tokens; covers text down to 2.7 bytes per token."""
+WRITE_EVERY_S = (1.0, 10.0)
+"""How often spending is written, to a local store and to a remote one; so the next."""
+READ_EVERY_S = (10.0, 60.0)
 TOKENS_PER_MESSAGE = 8
 """What a chat template puts around a message, at most as a rule."""
 
@@ -59,6 +63,7 @@ class Spent(NamedTuple):
 
 
 NOTHING = Cost(0.0, 0)
+FREE = Usage()
 
 
 class SpendFile:
@@ -71,6 +76,9 @@ class SpendFile:
         self._path = self._study_folder / run_id / f"{uuid.uuid4().hex}.json"
         self.is_local = is_local(root)
 
+        self._read: dict[str, tuple[dict[str, Any], Cost]] = {}
+        """Of files as they were listed when last read: a session that ended never changes."""
+
     def write(self, usage: Usage) -> None:
         """Replace the file, atomically, by all that this session has spent.
 
@@ -79,7 +87,7 @@ class SpendFile:
         """
         try:
             self._replace(json.dumps(asdict(usage)).encode())
-        except OSError as error:
+        except Exception as error:  # clients of remote stores raise errors of their own
             raise StoreError(
                 f"{self._path}: what was spent cannot be written: {error}. Free space or fix the "
                 "permissions and run again."
@@ -105,20 +113,38 @@ class SpendFile:
             StoreError: If a session's file is not readable.
         """
         run = study = NOTHING
-        if self._study_folder.exists():
-            for path in self._study_folder.glob("*/*.json"):
-                if path.name != self._path.name:
-                    cost = _read(path)
-                    study = study.plus(cost)
-                    run = run.plus(cost) if path.parent.name == self._run_id else run
+        for path, cost in self._costs().items():
+            _, run_id, session = path.rsplit("/", maxsplit=2)
+            if session != self._path.name:
+                study = study.plus(cost)
+                run = run.plus(cost) if run_id == self._run_id else run
         return Spent(run, study)
 
+    def _costs(self) -> dict[str, Cost]:
+        """By path. One listing, and one request for all files that are new or have changed."""
+        files, folder = self._study_folder.fs, self._study_folder.path
+        try:
+            files.invalidate_cache(folder)
+            found: Any = files.find(folder, detail=True)
+            listed = {path: of for path, of in found.items() if path.endswith(".json")}
+            known = {path: of for path, of in self._read.items() if of[0] == listed.get(path)}
+            paths = [path for path in listed if path not in known]
+            fresh: Any = files.cat(paths) if paths else {}
+        except Exception as error:  # clients of remote stores raise errors of their own
+            raise StoreError(
+                f"{self._study_folder}: what was spent cannot be read: {error}. Fix the access and "
+                "run again."
+            ) from error
+        known |= {path: (listed[path], _cost_in(path, fresh[path])) for path in paths}
+        self._read = known
+        return {path: cost for path, (_, cost) in known.items()}
 
-def _read(path: UPath) -> Cost:
+
+def _cost_in(path: str, content: bytes) -> Cost:
     try:
-        usage = Usage(**json.loads(path.read_bytes()))
+        usage = Usage(**json.loads(content))
         return Cost(float(usage.usd), int(usage.n_tokens))
-    except (OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise StoreError(
             f"{path}: not a readable record of spending ({type(error).__name__}). Correct it, or "
             "delete it if what it counted should not count against the budget any more."
@@ -148,7 +174,7 @@ class Ledger:
     known with a delay (their writing plus this one's reading: some 12 seconds, 70 where the store
     is remote), so what they spend together in that time comes on top.
     A process that is killed (``kill -9``) has recorded its spending but for the last second
-    (ten where the store is remote); calls whose answers never came are not counted at all.
+    (ten where the store is remote); calls under way at that moment are not counted.
     """
 
     def __init__(self, budget: BudgetConfig, spend: SpendFile | None = None) -> None:
@@ -228,12 +254,12 @@ class Ledger:
             self._all_reserved = self._all_reserved.plus(cost)
             return "granted"
 
-    def release(self, cost: Cost, usage: Usage | None = None) -> None:
+    def release(self, cost: Cost, usage: Usage) -> None:
         """Give back what was granted, and book what was paid instead.
 
         Args:
             cost: As reserved.
-            usage: Of the call; null if it failed, so that nothing is known to have been paid.
+            usage: Of the call; zeros only if it surely cost nothing, see :meth:`Account.dearest`.
         """
         with self._lock:
             if self.has_limit:
@@ -242,7 +268,7 @@ class Ledger:
                     self._all_reserved.usd - cost.usd, self._all_reserved.tokens - cost.tokens
                 )
                 self._all_reserved = left if self._n_reservations else NOTHING  # no rounding stays
-            if usage is None:
+            if usage == FREE:
                 return
             self._usage += usage
             self._is_dirty = True
@@ -274,7 +300,8 @@ class Ledger:
 
     def _keep(self, spend: SpendFile) -> None:
         """Write what was spent, and read what others spent, until the end."""
-        write_every_s, read_every_s = (1.0, 10.0) if spend.is_local else (10.0, 60.0)
+        write_every_s = WRITE_EVERY_S[not spend.is_local]
+        read_every_s = READ_EVERY_S[not spend.is_local]
         read = time.monotonic()
         is_failing = False
         while not self._end.wait(write_every_s):
@@ -284,7 +311,8 @@ class Ledger:
                 if self.has_limit and time.monotonic() - read >= read_every_s:
                     read = time.monotonic()
                     self._others = spend.read_others()
-            except StoreError as error:  # close() tries again, and raises
+                is_failing = False
+            except Exception as error:  # noqa: BLE001 the thread must live; close() raises it
                 if not is_failing:
                     logger.warning("what was spent cannot be kept or read now: %s", error)
                 is_failing = True
@@ -294,7 +322,7 @@ class Ledger:
             usage, self._is_dirty = self._usage, False
         try:
             spend.write(usage)
-        except StoreError:
+        except BaseException:
             self._is_dirty = True
             raise
 
@@ -319,15 +347,24 @@ class Account:
         """
         if not self._ledger.has_limit:
             return NOTHING
+        usage = self.dearest(requests)
+        return Cost(usage.usd, usage.n_tokens)
+
+    def dearest(self, requests: Sequence[Request]) -> Usage:
+        """What asking these may cost at most, limit or not; what to book where nobody knows more.
+
+        ``max_tokens`` and the number of answers in the model's ``extra_body`` count, for they win.
+        """
         prompt = sum(map(_prompt_tokens, requests))
-        answers = sum(request.max_tokens for request in requests)
-        return Cost(self._prices.usd_of(prompt, 0, answers), prompt + answers)
+        answers = sum(_longest_answer(request, self._prices.extra_body) for request in requests)
+        usd = self._prices.usd_of(prompt, 0, answers)
+        return Usage(prompt, 0, answers, usd, estimated_tokens=prompt + answers)
 
     def reserve(self, cost: Cost) -> Grant:
         """See :meth:`Ledger.reserve`."""
         return self._ledger.reserve(cost)
 
-    def release(self, cost: Cost, usage: Usage | None = None) -> None:
+    def release(self, cost: Cost, usage: Usage) -> None:
         """See :meth:`Ledger.release`."""
         self._ledger.release(cost, usage)
 
@@ -337,3 +374,16 @@ def _prompt_tokens(request: Request) -> int:
     if request.prompt is not None:
         texts.append(request.prompt)
     return TOKENS_PER_MESSAGE * len(texts) + ceil(SAFETY * sum(map(estimated_tokens, texts)))
+
+
+def _longest_answer(request: Request, extra: Mapping[str, Any]) -> int:
+    """The most tokens that may be written, over all answers that ``extra`` asks for."""
+    longest = max(
+        _count(extra, "max_tokens") or request.max_tokens, _count(extra, "max_completion_tokens")
+    )
+    return longest * max(1, _count(extra, "n"), _count(extra, "best_of"))
+
+
+def _count(extra: Mapping[str, Any], name: str) -> int:
+    value = extra.get(name)
+    return int(value) if isinstance(value, int | float) else 0

@@ -106,8 +106,22 @@ def _sum(first: Usage, second: Usage) -> Usage:
 def repeat_of(asked: Request, original: Request, text: str, fault: str) -> Request:
     """``original`` asked again, after the faulty answer ``text`` to ``asked``.
 
-    Only the last fault is quoted, so a repeat does not grow with every attempt.
+    Only the last fault is quoted, so a repeat does not grow with every attempt. An empty answer is
+    not: servers refuse an empty turn, and chat templates two turns of one role.
     """
+    if not text.strip():
+        complaint = "An earlier answer to this was empty. Answer in the format."
+        *before, question = original.messages or (Message("user", ""),)
+        if question.role == "user":
+            complaint = f"{question.content}\n\n{complaint}".lstrip()
+        else:
+            before.append(question)
+        return replace(
+            asked,
+            messages=(*before, Message("user", complaint)),
+            n_shared=min(original.n_shared, len(before)),
+            attempt=asked.attempt + 1,
+        )
     turns = (
         Message("assistant", text),
         Message("user", f"That answer could not be read: {fault}. Answer again in the format."),

@@ -6,6 +6,7 @@
 4. A flight that was answered keeps its place until the journal has made the answer durable: a
    process that is killed pays twice for no more than the limit. Then it lands.
 5. A group whose answer has the wrong format boards again, before all others.
+6. Where a call was denied, the backend is asked whether all are; if not, only that one is given up.
 
 Everything here happens in the loop's thread but for the public methods. Nothing that a result
 depends on is random: lots only spread waits.
@@ -22,8 +23,14 @@ from functools import partial
 from typing import Any
 
 from autointerp_dagster.adapters.llm.backend import Backend, CallError, Reply
-from autointerp_dagster.adapters.llm.flight import Flight
-from autointerp_dagster.adapters.llm.flow import AdaptiveLimit, Backoff, EndpointHealth, Failure
+from autointerp_dagster.adapters.llm.flight import Flight, GivenUp, billed
+from autointerp_dagster.adapters.llm.flow import (
+    AdaptiveLimit,
+    Backoff,
+    EndpointHealth,
+    Failure,
+    failure_of,
+)
 from autointerp_dagster.adapters.llm.journal.journal import Entry, Journal
 from autointerp_dagster.adapters.llm.ledger import Account
 from autointerp_dagster.adapters.llm.loop import LoopThread
@@ -77,14 +84,24 @@ class Sender:
         self._is_called = False
         self._inboxes: set[Inbox] = set()
         self._alarm: asyncio.TimerHandle | None = None
+        self._denied: list[tuple[Flight, CallError]] = []
+        self._check: asyncio.Task[None] | None = None
+        self._given_up = GivenUp(backend.identity)
         self._stopped: Exception | None = None
         self._n_answered = 0
         self.usage = Usage()
-        """What was paid so far."""
+        """What was paid so far; estimated where a call may have been paid and nobody said."""
 
     def send(self, groups: list[Group]) -> None:
-        """Have groups completed, each in its inbox, in any order."""
-        self._loop.post(self._do, self._take, groups)
+        """Have groups completed, each in its inbox, in any order.
+
+        Raises:
+            LLMError: If the sender was closed.
+        """
+        try:
+            self._loop.post(self._do, self._take, groups)
+        except RuntimeError as error:
+            raise LLMError("the language model was closed. Open it again to ask.") from error
 
     def abandon(self, groups: Iterable[Group]) -> None:
         """Forget groups that nobody waits for any more; calls for nobody else are cancelled."""
@@ -93,7 +110,10 @@ class Sender:
     def close(self) -> None:
         """Cancel what is under way and end the thread; whoever still waits gets an LLMError."""
         self._loop.post_if_running(self._stop, LLMError("the language model was closed."))
-        self._loop.close(self._backend.close())
+        try:
+            self._loop.close(self._backend.close())
+        finally:
+            self._given_up.report()
 
     def _do(self, step: Callable[..., None], *args: Any) -> None:
         """Every step starts here."""
@@ -126,6 +146,8 @@ class Sender:
             else:
                 self._ready.append(flight)
         flight.groups.append(group)
+        if flight.is_recording:
+            self._keep(flight)  # its block may be another
 
     def _drop(self, groups: list[Group]) -> None:
         for group in groups:
@@ -158,13 +180,10 @@ class Sender:
         if now < self._health.closed_until:
             self._pump_in(min(self._health.closed_until, self._deadline) - now)
             return False
-        # Somebody else's answer may have come since the caller looked.
-        for call_id, request in flight.requests.items():
-            reply = self._journal.lookup(request.block, call_id)
-            if reply is not None:
-                flight.known[call_id] = reply
+        flight.look_up(self._journal.lookup)  # somebody else's answer may have come meanwhile
         if len(flight.known) == len(flight.requests):
-            self._land(flight, flight.calls())
+            self._n_under_way += 1
+            self._keep(flight)
             return True
         return self._reserve_and_send(flight, now)
 
@@ -194,24 +213,30 @@ class Sender:
     def _end(self, flight: Flight, task: "asyncio.Task[list[Reply]]") -> None:
         """The backend is done with a flight."""
         flight.task = None
-        if task.cancelled():
-            self._fail(flight, CallError("the call was cancelled.", retriable=True))
-            return
-        error = task.exception()
+        error = (
+            CallError("the call was cancelled.", retriable=True)
+            if task.cancelled()
+            else task.exception()
+        )
         if error is None:
             self._record(flight, task.result())
-        elif isinstance(error, CallError):
-            self._fail(flight, error)
-        else:
+            return
+        self._n_under_way -= 1  # before anything is raised, for others use the same budget
+        self._book(flight, billed(error))
+        if not isinstance(error, CallError):
             raise error
-
-    def _fail(self, flight: Flight, error: CallError) -> None:
-        self._n_under_way -= 1
-        if self._account is not None and flight.cost is not None:
-            self._account.release(flight.cost)
         if flight.groups:
             self._judge(flight, error)
         self._pump()
+
+    def _book(self, flight: Flight, usage: Usage | None) -> None:
+        """Put what a flight cost in the place of what was reserved; null: nobody knows."""
+        if self._account is not None and flight.cost is not None:
+            if usage is None:
+                usage = self._account.dearest(list(flight.requests.values()))
+            self._account.release(flight.cost, usage)
+        if usage is not None:
+            self.usage += usage
 
     def _judge(self, flight: Flight, error: CallError) -> None:
         """Try again later, or give the flight up, or the endpoint."""
@@ -224,8 +249,11 @@ class Sender:
             self._stop(self._no_hope(error))
         elif failure == "unreachable":
             self._ready.appendleft(flight)  # which says nothing of these calls; all calls wait
+        elif failure == "denied":
+            self._denied.append((flight, error))
+            self._check_denied()
         elif self._is_given_up(flight, failure, error):
-            self._land_without(flight, "call_failed")
+            self._give_up(flight, error)
         else:
             wait_s = self._backoff.wait_s(
                 flight.n_tried + flight.n_busy, error.retry_after_s, self._lots.random()
@@ -240,17 +268,42 @@ class Sender:
             flight.n_busy += 1
         else:
             flight.n_tried += 1
-        is_last = (
+        return (
             not error.retriable
             or flight.n_tried >= self._backoff.tries
             or flight.n_busy >= self._backoff.busy_tries
         )
-        if is_last:
-            n_tries = flight.n_tried + flight.n_busy
-            logger.warning("%s: gave up after %d tries: %s", self._backend.identity, n_tries, error)
-        return is_last
 
-    def _no_hope(self, error: CallError) -> LLMError:
+    def _give_up(self, flight: Flight, error: CallError) -> None:
+        self._given_up.add(flight.n_tried + flight.n_busy, error)
+        self._land_without(flight, "call_failed")
+
+    def _check_denied(self) -> None:
+        """Ask whether every call is denied; one check at a time, begun after the denial."""
+        if self._check is None and self._denied:
+            suspects, self._denied = self._denied, []
+            self._check = asyncio.get_running_loop().create_task(self._backend.check())
+            self._check.add_done_callback(partial(self._do, self._end_check, suspects))
+
+    def _end_check(
+        self, suspects: list[tuple[Flight, CallError]], task: "asyncio.Task[None]"
+    ) -> None:
+        self._check = None
+        if task.cancelled():
+            return
+        error = task.exception()
+        if isinstance(error, LLMError):
+            self._stop(self._no_hope(error))
+        elif error is not None:
+            raise error
+        else:
+            for flight, denial in suspects:
+                flight.n_tried += 1
+                if flight.groups:
+                    self._give_up(flight, denial)
+            self._check_denied()
+
+    def _no_hope(self, error: CallError | LLMError) -> LLMError:
         if self._n_answered == 0:
             return LLMError(str(error))
         return LLMError(
@@ -268,26 +321,21 @@ class Sender:
         self._limit.answered(flight.sent, now, self._n_under_way)
         self._health.answered()
         self._n_answered += len(replies)
-        usage = replies[0].usage
-        for reply in replies[1:]:
-            usage += reply.usage
-        self.usage += usage
-        if self._account is not None and flight.cost is not None:
-            self._account.release(flight.cost, usage)
+        self._book(flight, sum([reply.usage for reply in replies[1:]], start=replies[0].usage))
         flight.replies = replies
+        self._keep(flight)
+
+    def _keep(self, flight: Flight) -> None:
+        """Have the journal keep what it lacks, in the block of everybody who waits for it."""
         flight.is_recording = True
         self._flights.setdefault(flight.key, flight)
-        unknown = [
-            (call_id, request, reply)
-            for (call_id, request), reply in zip(flight.requests.items(), replies, strict=True)
-            if call_id not in flight.known
-        ]
-        flight.n_unwritten = len(unknown)
-        for call_id, request, reply in unknown:
+        for (block, call_id), request, reply in flight.take_unkept():
             entry = Entry.of(call_id, self._backend.identity, request, reply)
-            self._journal.record(request.block, entry).add_done_callback(
-                partial(self._note_written, flight)
-            )
+            written = self._journal.record(block, entry)
+            written.add_done_callback(partial(self._note_written, flight))
+        if flight.n_unwritten == 0:
+            self._n_under_way -= 1
+            self._land(flight, flight.calls())
 
     def _note_written(self, flight: Flight, future: "Future[None]") -> None:
         """Called by the journal's thread, once per call; wakes the loop once per commit."""
@@ -350,12 +398,3 @@ class Sender:
                 flight.timer.cancel()
         self._flights.clear()
         self._ready.clear()
-
-
-def failure_of(error: CallError) -> Failure:
-    """What a call's failure says about its endpoint."""
-    if error.endpoint:
-        return "unreachable" if error.retriable else "denied"
-    if error.busy:
-        return "busy"
-    return "late" if error.timed_out else "other"

@@ -1,3 +1,4 @@
+import random
 from math import inf
 
 import pytest
@@ -135,15 +136,13 @@ def test_a_retry_after_holds_up_every_call():
     assert health.closed_until == 6.0
 
 
-def test_an_endpoint_that_never_answered_is_given_up_after_three_tries_or_one_denial():
-    health = EndpointHealth(BACKOFF)
-    for i in range(3):
-        assert not health.is_hopeless
-        health.failed("unreachable", sent=10.0 * i, now=10.0 * i + 1, retry_after_s=None, lot=0.5)
-    assert health.is_hopeless
-    denied = EndpointHealth(BACKOFF)
-    denied.failed("denied", sent=0.0, now=1.0, retry_after_s=None, lot=0.5)
-    assert denied.is_hopeless
+def test_an_endpoint_that_never_answered_is_given_up_after_three_tries_or_five_denials():
+    for failure, n in (("unreachable", 3), ("denied", 5)):
+        health = EndpointHealth(BACKOFF)
+        for i in range(n):
+            assert not health.is_hopeless
+            health.failed(failure, 10.0 * i, 10.0 * i + 1, retry_after_s=None, lot=0.5)
+        assert health.is_hopeless
 
 
 def test_calls_that_find_nobody_together_are_one_try_and_hold_up_every_call():
@@ -153,19 +152,31 @@ def test_calls_that_find_nobody_together_are_one_try_and_hold_up_every_call():
         health.failed("unreachable", 0.0, 1.0 + i / 100, retry_after_s=None, lot=0.5)
     # Half of the first wait of 1 s; the other 63 were sent before it.
     assert health.closed_until == 1.5
-    for i in range(1, 10):
-        assert not health.is_hopeless
-        health.failed("unreachable", 10.0 * i, 10.0 * i + 1, retry_after_s=None, lot=0.5)
-    assert health.is_hopeless
+    assert not health.is_hopeless
 
 
-def test_five_denials_in_a_row_end_it_but_not_five_among_answers():
+@pytest.mark.parametrize("seed", range(20))
+def test_a_server_that_did_answer_may_be_away_for_ten_minutes_whatever_the_lots(seed):
+    lots = random.Random(seed)
+    health = EndpointHealth(Backoff())
+    health.answered()
+    now = first = 0.5
+    for _ in range(100_000):
+        now = max(now + 0.01, health.closed_until)
+        health.failed("unreachable", now - 0.005, now, retry_after_s=None, lot=lots.random())
+        if health.is_hopeless:
+            break
+        assert now - first < 600.0
+    assert health.is_hopeless == (now - first >= 600.0)
+
+
+def test_fifty_denials_in_a_row_end_it_but_not_fifty_among_answers():
     health = EndpointHealth(BACKOFF)
     health.answered()
-    for i in range(20):
+    for i in range(100):
         health.failed("denied", i, i + 0.5, retry_after_s=None, lot=0.5)
         health.answered()
-    for i in range(4):
+    for i in range(49):
         health.failed("denied", i, i + 0.5, retry_after_s=None, lot=0.5)
     assert not health.is_hopeless
     health.failed("denied", 5.0, 5.5, retry_after_s=None, lot=0.5)
@@ -180,6 +191,21 @@ def test_ten_minutes_without_any_answer_end_it_however_calls_fail(failure):
         health.failed(failure, second, second + 1.0, retry_after_s=None, lot=0.5)
     assert not health.is_hopeless  # 598 s since the first failure
     health.failed(failure, 600.0, 601.0, retry_after_s=None, lot=0.5)
+    assert health.is_hopeless
+
+
+def test_waits_that_the_server_asked_for_are_no_silence():
+    health = EndpointHealth(BACKOFF)
+    health.answered()
+    now = 0.0
+    for _ in range(10):  # of five minutes each, after which a burst is refused at once
+        for i in range(32):
+            health.failed("busy", now, now + 0.1 + i / 100, retry_after_s=300.0, lot=0.5)
+        assert not health.is_hopeless
+        now = health.closed_until
+    assert now > 3000
+    for second in range(1, 700):
+        health.failed("busy", now + second - 1, now + second, retry_after_s=None, lot=0.5)
     assert health.is_hopeless
 
 

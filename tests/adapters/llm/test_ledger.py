@@ -6,14 +6,18 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 from llm_requests import ask, remote
 from upath import UPath
 
+from autointerp_dagster.adapters.llm import ledger as ledger_module
 from autointerp_dagster.adapters.llm.ledger import Cost, Ledger, SpendFile
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.llm import Usage
@@ -38,6 +42,35 @@ def test_an_estimate_counts_the_whole_prompt_and_the_longest_answer():
     assert account.estimate([ask("question 0"), ask("question 1")]).tokens == 2 * 87
 
 
+@pytest.mark.parametrize(
+    ("extra", "answers"),
+    [
+        ({"max_tokens": 4096}, 4096),
+        ({"max_tokens": 5}, 5),
+        ({"max_completion_tokens": 300}, 300),
+        ({"max_completion_tokens": 30}, 64),  # which of both counts is the server's choice
+        ({"n": 3}, 3 * 64),
+        ({"max_tokens": 10, "n": 2, "best_of": 4}, 4 * 10),
+        ({"max_tokens": None, "n": "many"}, 64),
+    ],
+)
+def test_an_estimate_counts_what_the_body_will_really_ask_for(extra, answers):
+    prices = PRICES.model_copy(update={"extra_body": extra})
+    account = Ledger(BudgetConfig(tokens=10)).account(prices)
+    assert account.estimate([ask("question 0")]).tokens == 23 + answers
+
+
+def test_what_nobody_knows_is_booked_as_estimated_at_the_highest_price_limit_or_not():
+    for budget in (BudgetConfig(), BudgetConfig(tokens=10)):
+        usage = Ledger(budget).account(PRICES).dearest([ask("question 0")])
+        assert (usage.prompt_tokens, usage.completion_tokens, usage.estimated_tokens) == (
+            23,
+            64,
+            87,
+        )
+        assert usage.usd == pytest.approx(151e-6)
+
+
 def test_without_a_limit_nothing_is_estimated_and_everything_granted():
     ledger = Ledger(BudgetConfig())
     account = ledger.account(PRICES)
@@ -54,7 +87,7 @@ def test_a_call_waits_for_reservations_and_is_refused_only_if_they_cannot_matter
     assert ledger.reserve(Cost(0, 40)) == "granted"
     ledger.release(Cost(0, 60), paid(0, 10))  # cheaper than feared
     assert ledger.reserve(Cost(0, 50)) == "granted"  # 10 + 40 + 50
-    ledger.release(Cost(0, 40))  # failed: nothing paid
+    ledger.release(Cost(0, 40), Usage())  # refused: nothing paid
     assert ledger.reserve(Cost(0, 91)) == "exhausted"  # 10 + 91
     assert ledger.reserve(Cost(0, 1)) == "exhausted"  # else small calls would be preferred
     assert ledger.is_exhausted
@@ -84,6 +117,13 @@ def test_each_limit_stops_alone_and_says_so_once_with_the_amounts(tmp_path, capl
     assert "spent 0.9 USD and 900 tokens in this run, 1.9 USD and 1,300 tokens in this" in said
 
 
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
 class Books:
     """A ledger, and calls that are granted and not yet ended."""
 
@@ -98,8 +138,7 @@ class Books:
     def end(self, place: int, share: float) -> None:
         if self.under_way:
             cost = self.under_way.pop(place % len(self.under_way))
-            usage = paid(cost.usd * share, int(cost.tokens * share)) if share else None
-            self.ledger.release(cost, usage)
+            self.ledger.release(cost, paid(cost.usd * share, int(cost.tokens * share)))
 
 
 COSTS = st.builds(Cost, st.floats(0, 50), st.integers(0, 50))
@@ -158,7 +197,7 @@ def test_what_was_spent_is_there_for_the_next_run_of_the_study_only(tmp_path):
 
 def test_a_session_that_paid_nothing_leaves_no_file(tmp_path):
     with Ledger(BudgetConfig(usd=1.0), spend(tmp_path)) as ledger:
-        ledger.release(Cost(0, 0))
+        ledger.release(Cost(0, 0), Usage())
     assert not (tmp_path / "spend").exists()
 
 
@@ -167,6 +206,90 @@ def test_a_remote_store_keeps_what_was_spent():
     with Ledger(BudgetConfig(), SpendFile(root, "study", "run")) as ledger:
         ledger.release(Cost(0, 0), paid(1.5, 10))
     assert SpendFile(root, "study", "run").read_others().study == Cost(1.5, 10)
+
+
+class OddError(Exception):
+    """Of a kind that only the client of a remote store knows."""
+
+
+class OddStore:
+    """What a store in memory is asked; it fails while ``is_down``, as some remote stores do."""
+
+    def __init__(self) -> None:
+        self.root = UPath(f"memory://odd-{uuid.uuid4().hex}")
+        self.read: list[str] = []
+        self.is_down = False
+
+    def note(self, path: str, mode: str) -> None:
+        if self.is_down:
+            raise OddError("no endpoint")
+        if mode == "rb":
+            self.read.append(Path(path).parent.name)
+
+
+@pytest.fixture
+def odd_store(monkeypatch) -> OddStore:
+    store = OddStore()
+    open_, find, cat = MemoryFileSystem._open, MemoryFileSystem.find, MemoryFileSystem.cat_file
+
+    def opened(self, path, mode="rb", **options):
+        store.note(path, mode)
+        return open_(self, path, mode, **options)
+
+    def found(self, path, **options):
+        store.note(path, "list")
+        return find(self, path, **options)
+
+    def read(self, path, **options):
+        store.note(path, "rb")
+        return cat(self, path, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", read)
+    monkeypatch.setattr(MemoryFileSystem, "_open", opened)
+    monkeypatch.setattr(MemoryFileSystem, "find", found)
+    return store
+
+
+def test_only_what_is_new_or_has_changed_is_read_again(odd_store):
+    files = [SpendFile(odd_store.root, "study", run) for run in ("a", "b", "c")]
+    for file in files:
+        file.write(paid(1.0, 10))
+    mine = SpendFile(odd_store.root, "study", "mine")
+    assert mine.read_others().study == Cost(3.0, 30)
+    odd_store.read.clear()
+    files[1].write(paid(2.0, 20))
+    SpendFile(odd_store.root, "study", "d").write(paid(4.0, 40))
+    assert mine.read_others().study == Cost(1.0 + 2.0 + 1.0 + 4.0, 80)
+    assert sorted(odd_store.read) == ["b", "d"]
+    assert mine.read_others().study == Cost(8.0, 80)
+    assert len(odd_store.read) == 2
+
+
+def test_errors_of_a_remote_stores_own_kind_are_store_errors(odd_store):
+    file = SpendFile(odd_store.root, "study", "run")
+    file.write(paid(1.0, 1))
+    assert SpendFile(odd_store.root, "study", "next").read_others().study == Cost(1.0, 1)
+    odd_store.is_down = True
+    with pytest.raises(StoreError, match="cannot be written: no endpoint"):
+        file.write(paid(1.0, 1))
+    with pytest.raises(StoreError, match="cannot be read: no endpoint"):
+        SpendFile(odd_store.root, "study", "next").read_others()
+
+
+def test_the_keeper_outlives_a_store_that_fails_and_says_so_each_time_anew(
+    odd_store, monkeypatch, caplog
+):
+    monkeypatch.setattr(ledger_module, "WRITE_EVERY_S", (0.01, 0.01))
+    ledger = Ledger(BudgetConfig(), SpendFile(odd_store.root, "study", "run"))
+    for n_said in (1, 2):
+        odd_store.is_down = True
+        ledger.release(Cost(0, 0), paid(1.0, 1))
+        wait_until(lambda n_said=n_said: caplog.text.count("cannot be kept") == n_said)
+        odd_store.is_down = False
+        found = SpendFile(odd_store.root, "study", "next")
+        wait_until(lambda n_said=n_said, found=found: found.read_others().study.usd == n_said)
+    ledger.close()
+    assert caplog.text.count("cannot be kept") == 2
 
 
 def test_a_damaged_record_of_spending_is_named(tmp_path):

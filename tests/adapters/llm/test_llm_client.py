@@ -17,14 +17,15 @@ import pytest
 from llm_requests import BLOCK, FAST, ask, count_of, questions, remote
 from upath import UPath
 
-from autointerp_dagster.adapters.llm.backend import Reply
+from autointerp_dagster.adapters.llm.backend import CallError, Reply
 from autointerp_dagster.adapters.llm.client import Backoff, JournaledLLM
 from autointerp_dagster.adapters.llm.fake.server import FakeLLMServer
 from autointerp_dagster.adapters.llm.journal.journal import Journal
-from autointerp_dagster.adapters.llm.ledger import Ledger
+from autointerp_dagster.adapters.llm.ledger import Cost, Ledger
+from autointerp_dagster.adapters.llm.loop import LoopThread
 from autointerp_dagster.adapters.llm.remote.backend import OpenAIBackend
 from autointerp_dagster.core.errors import LLMError, StoreError
-from autointerp_dagster.core.llm import Completion, FreeText, Request, Usage
+from autointerp_dagster.core.llm import Completion, FreeText, JournalBlock, Request, Usage
 from autointerp_dagster.study import BudgetConfig
 
 
@@ -192,6 +193,50 @@ def test_the_same_call_in_flight_is_sent_once_and_paid_once(journal):
     assert sum(not c.from_journal for c in completions) == 1
 
 
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_call_that_two_blocks_need_at_once_is_paid_once_and_kept_in_both(journal, is_known):
+    first = ask("question 0")
+    second = replace(first, block=JournalBlock("score_detection", "other", 7))
+    backend = EchoBackend(4)
+    with JournaledLLM(backend, journal) as llm:
+        if is_known:
+            list(llm.answer([first]))
+            journal.load(second.block)
+        came = [c for _, c in llm.answer([first, second])]
+    assert len(backend.asked) == 1 + is_known
+    assert [c.text for c in came] == ["[1, 0]"] * 2
+    with JournaledLLM(backend, journal, mode="replay") as llm:
+        assert [c.reason for _, c in llm.answer([first, second])] == [None, None]
+
+
+def test_an_empty_answer_is_asked_again_without_an_empty_turn(journal):
+    said = iter(["", " \n", "[1, 0]"])
+    with FakeLLMServer(lambda messages: next(said)) as server, llm_at(server, journal) as llm:
+        (completion,) = answers(llm, questions(1)).values()
+        assert [[turn["role"] for turn in body["messages"]] for body in server.requests] == [
+            ["system", "user"]
+        ] * 3
+        second, third = (body["messages"][1]["content"] for body in server.requests[1:])
+    assert (
+        second
+        == third
+        == ("question 0\n\nAn earlier answer to this was empty. Answer in the format.")
+    )
+    assert (completion.text, completion.n_calls) == ("[1, 0]", 3)
+
+
+def test_what_is_ready_is_sent_while_the_next_request_is_being_made(journal):
+    backend = EchoBackend(16)
+
+    def slowly() -> Iterator[Request]:
+        yield from (ask(f"question {1000 + i}") for i in range(10))
+        wait_until(lambda: len(backend.asked) == 10)
+        raise ValueError("all are under way")
+
+    with JournaledLLM(backend, journal) as llm, pytest.raises(ValueError, match="under way"):
+        list(llm.answer(slowly()))
+
+
 def test_samples_of_one_question_are_separate_calls(journal):
     requests = [ask("question 0", temperature=0.7, sample=i) for i in range(3)]
     with FakeLLMServer(count_of) as server, llm_at(server, journal) as llm:
@@ -347,6 +392,96 @@ def test_many_calls_in_flight_never_exceed_a_budget(journal):
     assert sum(c.reason is None for c in completed.values()) == 40
 
 
+class DeniedBackend:
+    """Denies calls for question 1000 and more, as if the key were wrong."""
+
+    identity = "denied"
+    capabilities = None
+    max_in_flight = 4
+
+    def __init__(self, wrong: str | None = None) -> None:
+        self.wrong = wrong
+        self.n_asked = self.n_checks = 0
+
+    def groups(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
+        return ([request] for request in requests)
+
+    async def ask(self, group: Sequence[Request]) -> list[Reply]:
+        self.n_asked += 1
+        if int(group[0].messages[1].content.split()[1]) >= 1000:
+            raise CallError("denied.", retriable=False, endpoint=True, usage=Usage())
+        return [Reply("[1, 0]", "stop")]
+
+    async def check(self) -> None:
+        self.n_checks += 1
+        await asyncio.sleep(0.01)
+        if self.wrong is not None:
+            raise LLMError(self.wrong)
+
+    async def close(self) -> None:
+        pass
+
+
+class FailingBackend(DeniedBackend):
+    """Raises what ``failure`` makes, at every call."""
+
+    identity = "failing"
+
+    def __init__(self, failure: Callable[[], Exception]) -> None:
+        super().__init__()
+        self.failure = failure
+
+    async def ask(self, group: Sequence[Request]) -> list[Reply]:
+        self.n_asked += 1
+        await asyncio.sleep(0.001)
+        raise self.failure()
+
+
+@pytest.mark.parametrize(
+    ("usage", "n_sent", "booked"),
+    [(None, 5, 5 * 87), (Usage(50, 0, 10), 7, 7 * 60), (Usage(), 20 * 5, 0)],
+)
+def test_calls_that_come_back_late_or_unreadable_count_against_the_budget(
+    journal, usage, n_sent, booked
+):
+    backend = FailingBackend(lambda: CallError("odd.", retriable=True, usage=usage))
+    ledger = Ledger(BudgetConfig(tokens=500))
+    account = ledger.account(remote("http://host/v1"))
+    with JournaledLLM(backend, journal, account=account, backoff=FAST) as llm:
+        completed = answers(llm, questions(20))
+    assert (backend.n_asked, ledger.usage.n_tokens) == (n_sent, booked)
+    assert ledger.usage == llm.usage
+    assert ledger.usage.estimated_tokens == (booked if usage is None else 0)
+    assert ledger.is_exhausted == (booked > 0)
+    assert set(reasons(completed)) <= {"budget", "call_failed"}
+
+
+def test_cancelled_calls_are_booked_as_estimated(journal):
+    ledger = Ledger(BudgetConfig(tokens=10_000))
+    account = ledger.account(remote("http://host/v1"))
+    feared = account.estimate([ask("question 1000")])
+    backend = EchoBackend(4)
+    with JournaledLLM(backend, journal, account=account) as llm:
+        stream = llm.answer([ask("question 0"), ask("question 1000")])
+        next(stream)
+        wait_until(lambda: len(backend.asked) == 2)
+        stream.close()
+        wait_until(lambda: ledger.usage.n_tokens == 8 + feared.tokens)
+    assert ledger.usage.estimated_tokens == feared.tokens
+
+
+@pytest.mark.parametrize("failure", [LLMError("no credit"), TypeError("a mistake")])
+def test_an_error_of_a_backend_leaves_no_reservation_to_others(journal, failure):
+    ledger = Ledger(BudgetConfig(tokens=1000))
+    account = ledger.account(remote("http://host/v1"))
+    backend = FailingBackend(lambda: failure)
+    with JournaledLLM(backend, journal, account=account) as llm, pytest.raises(type(failure)):
+        answers(llm, questions(4))
+    left = 1000 - ledger.usage.n_tokens
+    assert left == (1000 if isinstance(failure, LLMError) else 1000 - 4 * 87)
+    assert ledger.reserve(Cost(0.0, left)) == "granted"
+
+
 def test_a_deadline_that_has_passed_sends_nothing_but_the_journal_answers(journal):
     with FakeLLMServer(count_of) as server:
         with llm_at(server, journal) as llm:
@@ -405,7 +540,8 @@ def test_nobody_listening_is_an_error_that_says_how_to_start_a_server(journal):
 
 
 def test_a_server_that_goes_away_for_good_stops_the_run_and_loses_nothing(journal):
-    with FakeLLMServer(count_of) as server, llm_at(server, journal) as llm:
+    limits = {"backoff": replace(FAST, silent_s=0.3)}
+    with FakeLLMServer(count_of) as server, llm_at(server, journal, limits) as llm:
         stream = llm.answer(questions(1000))
         first = [next(stream) for _ in range(10)]
         server.__exit__()
@@ -435,7 +571,7 @@ def test_a_server_that_comes_back_is_asked_on(journal):
     assert {c.reason for _, c in completed} == {None}
 
 
-def test_a_key_that_is_revoked_stops_the_run_after_five_calls_and_loses_nothing(journal):
+def test_calls_that_are_denied_without_end_stop_the_run_and_lose_nothing(journal):
     server = FakeLLMServer(count_of, faults=lambda i: "403" if i >= 10 else None)
     with server:
         with (
@@ -443,7 +579,7 @@ def test_a_key_that_is_revoked_stops_the_run_after_five_calls_and_loses_nothing(
             pytest.raises(LLMError, match="10 answers are in the journal"),
         ):
             list(llm.answer(questions(1000)))
-        assert len(server.requests) == 10 + 5
+        assert len(server.requests) == 10 + 50
         server.requests.clear()
     with FakeLLMServer(count_of) as server:
         backend = OpenAIBackend(remote(server.base_url))
@@ -452,6 +588,33 @@ def test_a_key_that_is_revoked_stops_the_run_after_five_calls_and_loses_nothing(
             completed = answers(llm, questions(20))
         assert len(server.requests) == 10
     assert {c.reason for c in completed.values()} == {None}
+
+
+@pytest.mark.parametrize("n_good", [0, 8])
+def test_a_call_that_is_denied_though_the_key_is_good_is_a_row_and_others_go_on(journal, n_good):
+    asked = [ask(f"question {i}") for i in (1000, *range(n_good), 1001, 1002)]
+    backend = DeniedBackend()
+    with JournaledLLM(backend, journal) as llm:
+        completed = answers(llm, asked)
+    assert [c.reason for c in completed.values()].count("call_failed") == 3
+    assert [c.reason for c in completed.values()].count(None) == n_good
+    assert 1 <= backend.n_checks <= 3
+
+
+def test_a_denial_ends_the_run_at_once_if_the_key_is_wrong(journal):
+    backend = DeniedBackend("The key is wrong.")
+    asked = [*questions(8), *(ask(f"question {1000 + i}") for i in range(2))]
+    with JournaledLLM(backend, journal) as llm, pytest.raises(LLMError, match="The key is wrong"):
+        answers(llm, asked)
+    assert backend.n_checks == 1
+
+
+def test_of_calls_given_up_the_first_few_are_logged_and_the_rest_counted(journal, caplog):
+    with JournaledLLM(DeniedBackend(), journal) as llm:
+        mixed = [i + 1000 * (i % 2) for i in range(24)]
+        answers(llm, [ask(f"question {i}") for i in mixed])
+    assert len([m for m in caplog.messages if "gave up after" in m]) == 5
+    assert len([m for m in caplog.messages if "gave up 12 calls in all" in m]) == 1
 
 
 def test_an_error_reaches_every_caller(journal):
@@ -513,8 +676,9 @@ def test_the_key_is_sent_and_appears_nowhere_else(journal, tmp_path, monkeypatch
 
 
 def test_credentials_in_the_address_are_refused():
-    with pytest.raises(LLMError, match="api_key_env"):
-        OpenAIBackend(remote("https://user:secret@host/v1"))
+    with pytest.raises(ValueError, match="api_key_env") as caught:
+        remote("https://user:secret@host/v1")
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("rejected", [("logprobs",), ("response_format",), ("seed",)])
@@ -727,6 +891,43 @@ def test_a_call_that_somebody_else_waits_for_is_not_cancelled(journal):
         caller.join()
         assert len(server.requests) == 2
     assert stays[0].text == "[1, 0]"
+
+
+def llm_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "llm"]
+
+
+def test_closing_ends_the_thread_even_if_the_backend_cannot_be_closed(journal):
+    class Unclosable(EchoBackend):
+        async def close(self) -> None:
+            raise OSError("the connection is odd")
+
+    llm = JournaledLLM(Unclosable(2), journal)
+    answers(llm, questions(2))
+    with pytest.raises(OSError, match="is odd"):
+        llm.close()
+    assert llm_threads() == []
+
+
+def test_closing_does_not_wait_for_ever(caplog):
+    async def hang() -> None:
+        await asyncio.Event().wait()
+
+    loop = LoopThread("llm", patience_s=0.05)
+    loop.submit(hang())
+    loop.close(hang())
+    assert "llm: not closed within 0.05 s" in caplog.text
+    assert llm_threads() == []
+
+
+def test_a_closed_model_asks_nothing_but_the_journal_answers(journal):
+    llm = JournaledLLM(EchoBackend(2), journal)
+    answers(llm, questions(2))
+    llm.close()
+    assert reasons(answers(llm, questions(2))) == [None, None]
+    with pytest.raises(LLMError, match="was closed"):
+        answers(llm, questions(3))
+    assert llm_threads() == []
 
 
 def test_closing_ends_the_wait_of_other_threads_with_an_error(journal):

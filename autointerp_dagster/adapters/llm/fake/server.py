@@ -119,7 +119,9 @@ class FakeLLMServer:
         return self._base_url
 
     def _handle(self, request: HttpRequest, connection: Connection) -> None:
-        if request.method == "GET":
+        if request.method == "GET" and self._api_key not in (None, request.token):
+            connection.send(401, error_body("Incorrect API key", request.token))
+        elif request.method == "GET":
             connection.send(200, json.dumps(_MODELS).encode())
         elif request.path.endswith("/completions"):
             self._take(request, connection)
