@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import httpx2
@@ -24,7 +25,7 @@ from autointerp_dagster.adapters.llm.remote.prompt_tokens import looks_shifted
 from autointerp_dagster.adapters.llm.remote.reply import no_prompt_scores, reply_of
 from autointerp_dagster.adapters.llm.remote.transport import (
     cause_of,
-    http_client,
+    http_pools,
     is_unreachable,
     transport_errors,
 )
@@ -77,7 +78,8 @@ class OpenAIBackend:
         self._learnt = Learnt(self.identity, () if config.structured_outputs else STRUCTURED)
         self._probing = asyncio.Lock()
         self._client: openai.AsyncOpenAI | None = None
-        self._http: httpx2.AsyncClient | None = None
+        self._pools: tuple[httpx2.AsyncClient, ...] = ()
+        self._turns = count()
         self._headers = httpx2.Headers()
         self._has_answered = False
         self._wrong_key: LLMError | None = None
@@ -121,9 +123,9 @@ class OpenAIBackend:
 
     async def close(self) -> None:
         """Close the connections."""
-        client, self._client = self._client, None
-        if client is not None:
-            await client.close()
+        self._client, pools, self._pools = None, self._pools, ()
+        for pool in pools:
+            await pool.aclose()
 
     async def _ask_one(self, request: Request) -> Reply:
         if isinstance(request.answer, PromptScores):
@@ -215,8 +217,8 @@ class OpenAIBackend:
     async def _send(self, path: str, body: dict[str, Any], request: Request) -> bytes:
         # The official client's transport, headers and key, but not its typed methods and options:
         # those take more CPU time than everything else that is done for a request.
-        client, http = self._connected(), self._http
-        assert http is not None
+        client = self._connected()
+        http = self._pools[next(self._turns) % len(self._pools)]
         if not self._headers:
             given = {**client.default_headers, **client.auth_headers}
             self._headers = httpx2.Headers({k: v for k, v in given.items() if isinstance(v, str)})
@@ -232,9 +234,9 @@ class OpenAIBackend:
     def _connected(self) -> openai.AsyncOpenAI:
         if self._client is None:
             key = self._key() or "none"  # else the client would take OPENAI_API_KEY
-            self._http = http_client(self._config.timeout_s, self.max_in_flight)
+            self._pools = http_pools(self._config.timeout_s, self.max_in_flight)
             self._client = openai.AsyncOpenAI(
-                base_url=self._url, api_key=key, max_retries=0, http_client=self._http
+                base_url=self._url, api_key=key, max_retries=0, http_client=self._pools[0]
             )
         return self._client
 

@@ -13,6 +13,8 @@ import openai
 CONNECT_TIMEOUT_S = 10.0
 KEEP_ALIVE_S = 4.0
 """Idle connections are given up before uvicorn's 5 s, which would meet a request with a reset."""
+POOLS = 4
+"""Over httpx, where many requests are in flight."""
 MAX_BODY_BYTES = 64 * 2**20
 """A response that is longer is a fault, not an answer."""
 
@@ -24,6 +26,19 @@ _AIOHTTP_UNREACHABLE = frozenset({"ClientConnectorError", "ConnectionTimeoutErro
 
 class BodyTooLongError(httpx2.ReadError):
     """A response of more than ``MAX_BODY_BYTES``."""
+
+
+def http_pools(timeout_s: float, max_in_flight: int) -> tuple[httpx2.AsyncClient, ...]:
+    """Clients to be used in turns; each has room for all requests in flight.
+
+    One over aiohttp. Several over httpx, which looks at every idle connection of a pool whenever it
+    sends a request: small pools take a tenth less CPU time per request.
+    """
+    first = http_client(timeout_s, max_in_flight)
+    if not isinstance(first, openai.DefaultAsyncHttpxClient):
+        return (first,)
+    n_more = min(POOLS, -(-max_in_flight // POOLS)) - 1
+    return (first, *(http_client(timeout_s, max_in_flight) for _ in range(n_more)))
 
 
 def http_client(timeout_s: float, max_in_flight: int) -> httpx2.AsyncClient:
