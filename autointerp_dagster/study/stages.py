@@ -142,7 +142,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "study_metrics",
             "study",
-            "2",
+            "3",
             ("latent_metrics", "layer_metrics"),
             kinds=("polars", "parquet"),
             description="Own against floor, explainers, scorers, layers compared; and the cost.",
