@@ -34,17 +34,25 @@ ExplanationReason = Literal[
     "deadline",
     "not_recorded",
     "no_train_windows",
+    "no_intervention",
 ]
-"""Why there is no text. The first three come from the latent's record."""
+"""Why there is no text. The first three come from the latent's record; ``no_intervention``: the
+model could not be steered along the latent as wanted."""
+
+InterventionStatus = Literal["ok", "dead", "rare", "dense", "too_few", "off_target"]
+"""``too_few``: prompts on whose last token the latent fires; ``off_target``: no strength was found
+whose divergence is within the tolerance of the target."""
 
 VerdictStatus = Literal["ok", "failed"]
 VerdictReason = Literal[
-    "unparsable", "refused", "too_long", "no_vector",
+    "unparsable", "refused", "too_long", "no_vector", "no_logprobs", "off_target",
     "call_failed", "budget", "deadline", "not_recorded",
 ]  # fmt: skip
-"""The first four are answers. ``too_long``: the prompt does not fit the model; ``no_vector``: an
-embedding of length zero or not finite. The others lie with the run and are tried again by the next;
-``not_recorded``: a replay found no such call in the journal."""
+"""The first six are answers. ``too_long``: the prompt does not fit the model; ``no_vector``: an
+embedding of length zero or not finite; ``no_logprobs``: log-probabilities that are missing or no
+numbers; ``off_target``: an intervention whose strength is not the one wanted. The others lie with
+the run and are tried again by the next; ``not_recorded``: a replay found no such call in the
+journal."""
 
 UNASKED: tuple[VerdictReason, ...] = ("budget", "deadline", "not_recorded")
 """Reasons of a row whose question was never sent."""
@@ -208,10 +216,14 @@ WINDOWS = Table(
 
 SELECTION = Table(
     "selection",
-    {**_LATENT, "is_floor": pl.Boolean},  # is_floor: its floors are measured too
+    {
+        **_LATENT,
+        "is_floor": pl.Boolean,  # its floors are measured too
+        "rank": pl.UInt32,  # among the layer's, floor latents first; null: dead or rare
+    },
     _LATENT_KEY,
 )
-"""The latents of the whole layer that are to be explained."""
+"""The latents that are to be explained. A scorer with a sample of its own takes the first ranks."""
 
 DONORS = Table(
     "donors",
@@ -250,11 +262,48 @@ VERDICTS = Table(
         "prediction": pl.Boolean,  # null if failed, or if the scorer only ranks
         "probability": pl.Float64,  # of "activating"; null where unknown
         "score": pl.Float64,  # what the scorer ranks windows by; null where it does not
+        "turn": pl.UInt32,  # of the prompt in its latent's order; null where none was asked
+        "predicted": pl.List(pl.Float32),  # by simulation, 0..10 per visible token; else null
+        "actual": pl.List(pl.Float32),  # displayed activation of the same tokens
         "status": pl.String,
         "reason": pl.String,
         "call_id": pl.String,
     },
     (*_LATENT_KEY, "explainer", "subject", "variant", "window_id", "is_activating"),
+)
+
+INTERVENTIONS = Table(
+    "interventions",
+    {
+        **_LATENT,
+        "kl_target": pl.Float64,  # nats
+        "strength": pl.Float64,  # added along the decoder row; null: none was found
+        "kl": pl.Float64,  # mean KL(clean || steered) over the scoring prompts at that strength
+        "reverse_kl": pl.Float64,
+        "n_steps": pl.UInt16,  # strengths tried
+        "n_prompts": pl.UInt16,  # prompts kept, of both kinds
+        "n_dropped": pl.UInt16,  # the latent no longer fired on the last token
+        "status": pl.String,
+    },
+    (*_LATENT_KEY, "kl_target"),
+)
+
+INTERVENTION_PROMPTS = Table(
+    "intervention_prompts",
+    {
+        **_LATENT,
+        "kl_target": pl.Float64,
+        "window_id": pl.UInt64,  # context << 16 | position of the last token
+        "is_for_explainer": pl.Boolean,  # else for scoring
+        "quintile": pl.UInt8,  # of the activation on the last token; 0 strongest
+        "activation": pl.Float32,
+        "prompt": pl.String,
+        "clean": pl.String,  # continuation; null for the explainer's prompts
+        "steered": pl.String,
+        "promoted": pl.List(pl.String),  # tokens whose probability rose most; explainer's only
+        "rises": pl.List(pl.Float64),  # by how much, descending
+    },
+    (*_LATENT_KEY, "kl_target", "window_id"),
 )
 
 _METRIC = {
@@ -299,7 +348,7 @@ LAYER_METRICS = Table(
 STUDY_METRICS = Table(
     "study_metrics",
     {
-        "comparison": pl.String,  # subject, explainer, scorer, layer, cost
+        "comparison": pl.String,  # subject, explainer, scorer, layer, matched, cost
         "a": pl.String,
         "b": pl.String,
         "explainer": pl.String,
@@ -316,7 +365,8 @@ STUDY_METRICS = Table(
 
 TABLES = (
     DOCUMENTS, CONTEXTS, ACTIVATIONS, FIRING_COUNTS, LATENTS, WINDOWS, SELECTION, DONORS,
-    EXPLANATIONS, VERDICTS, LATENT_METRICS, LAYER_METRICS, STUDY_METRICS,
+    INTERVENTIONS, INTERVENTION_PROMPTS, EXPLANATIONS, VERDICTS, LATENT_METRICS, LAYER_METRICS,
+    STUDY_METRICS,
 )  # fmt: skip
 
 LATENT_STATUSES: tuple[str, ...] = get_args(LatentStatus)

@@ -4,21 +4,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autointerp_dagster.core.config import FloorsConfig, LatentSample
+from autointerp_dagster.core.config import FloorsConfig, LatentSample, ScoredSample
 from autointerp_dagster.core.rng import address_key, hash_priority
 from autointerp_dagster.core.sampling import (
     N_DONORS,
     donors_of,
     draw_ranks,
-    floor_latents,
+    floor_order,
     processing_order,
     quantile_bands,
     ranks_within,
+    scored_latents,
     select_latents,
     strength_ranks,
 )
 from autointerp_dagster.core.sampling.silent import _permuted
-from autointerp_dagster.core.schemas import FIRING_COUNTS
+from autointerp_dagster.core.schemas import FIRING_COUNTS, SELECTION
 from autointerp_dagster.core.types import LayerKey
 
 LAYER = LayerKey("sae", "layers.9")
@@ -269,14 +270,31 @@ def test_draws_of_latents_depend_on_layer_and_seed():
     assert len(set(drawn)) == 4
 
 
-def test_floor_latents_are_a_sample_of_the_selected():
+def test_floors_are_taken_in_an_order_that_others_do_not_change():
     selected = np.arange(0, 100, 3)
-    floors = floor_latents(LAYER, selected, FloorsConfig(sample=10))
-    assert len(floors) == 10
-    assert set(floors) < set(selected)
-    assert np.array_equal(floors, np.sort(floors))
-    assert len(floor_latents(LAYER, selected, FloorsConfig(sample=0))) == 0
-    assert np.array_equal(floor_latents(LAYER, selected, FloorsConfig()), selected)
+    order = floor_order(LAYER, selected, FloorsConfig())
+    assert np.array_equal(np.sort(order), selected)
+    assert not np.array_equal(order, selected)
+    fewer = floor_order(LAYER, selected[::-2], FloorsConfig())
+    assert fewer.tolist() == [latent for latent in order if latent in selected[::-2]]
+    assert floor_order(LAYER, selected, FloorsConfig(seed=1)).tolist() != order.tolist()
+
+
+def test_a_scorer_may_take_fewer_latents_than_are_explained():
+    selection = pl.DataFrame(
+        {
+            "coder": "sae",
+            "hookpoint": "layers.9",
+            "latent": [3, 5, 8, 9],
+            "is_floor": [False, True, False, False],
+            "rank": [1, 0, None, 2],
+        },
+        schema=dict(SELECTION.columns),
+    )
+    assert scored_latents(selection, "all").equals(selection)
+    assert scored_latents(selection, ScoredSample(sample=2))["latent"].to_list() == [3, 5]
+    assert scored_latents(selection, ScoredSample(sample=9))["latent"].to_list() == [3, 5, 9]
+    assert scored_latents(selection, (8, 9, 77))["latent"].to_list() == [8, 9]
 
 
 def test_processing_order_is_hashed_and_consistent_between_subsets():

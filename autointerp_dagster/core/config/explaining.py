@@ -20,7 +20,8 @@ class LatentSample(Parameters, frozen=True):
     seed: int = 0
 
 
-def _kind_of_selection(value: object) -> str:
+def kind_of_selection(value: object) -> str:
+    """How a selection of latents is written: ``all``, a list of indices, or a sample."""
     if isinstance(value, str):
         return "<all>"
     return "<list>" if isinstance(value, list | tuple) else "<sample>"
@@ -30,7 +31,7 @@ LatentSelection = Annotated[
     Annotated[Literal["all"], Tag("<all>")]
     | Annotated[LatentSample, Tag("<sample>")]
     | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Tag("<list>")],
-    Discriminator(_kind_of_selection),
+    Discriminator(kind_of_selection),
 ]
 """``all``, a sample, or a list of indices used in every layer."""
 
@@ -43,18 +44,100 @@ class TopTokensExplainerConfig(Parameters, frozen=True):
     """Tokens named in the explanation."""
 
 
-class DefaultExplainerConfig(Parameters, frozen=True):
+class _ChatExplainerConfig(Parameters, frozen=True):
+    """What every question for an explanation has."""
+
+    show_activations: bool = True
+    """List up to 10 marked tokens with their displayed activation under each window."""
+    max_tokens: int = Field(default=200, ge=1)
+
+
+class DefaultExplainerConfig(_ChatExplainerConfig, frozen=True):
     """A chat model reads train windows and writes one sentence."""
 
     kind: Literal["default"]
     n_examples: int = Field(default=40, ge=1)
     """Train windows shown, strongest quantile first."""
-    show_activations: bool = True
-    """List up to 10 marked tokens with their displayed activation under each window."""
     temperature: float = Field(default=0.0, ge=0, le=2)
-    max_tokens: int = Field(default=200, ge=1)
+    chain_of_thought: bool = False
+    """Let the model list marked words and shared traits first; give it more ``max_tokens``."""
+    show_promoted: bool = False
+    """Show the tokens that the latent's decoder row promotes, too."""
+
+
+class ContrastiveExplainerConfig(_ChatExplainerConfig, frozen=True):
+    """As ``default``, with windows in which the latent is silent, that must not be covered."""
+
+    kind: Literal["contrastive"]
+    n_examples: int = Field(default=15, ge=1)
+    """Activating train windows, spread over all quantiles."""
+    n_silent: int = Field(default=5, ge=1)
+    """Non-activating train windows."""
+    temperature: float = Field(default=0.0, ge=0, le=2)
+
+
+class SingleTokenExplainerConfig(_ChatExplainerConfig, frozen=True):
+    """Where one token carries the latent a template says so; else as ``default``."""
+
+    kind: Literal["single_token"]
+    min_share: float = Field(default=0.9, gt=0, le=1)
+    """Of the summed activation over train windows that the token must have."""
+    n_examples: int = Field(default=40, ge=1)
+    """Train windows shown where a model is asked."""
+    temperature: float = Field(default=0.0, ge=0, le=2)
+
+
+class OutputExplainerConfig(Parameters, frozen=True):
+    """A base model names what the latent makes more likely (method: intervention)."""
+
+    kind: Literal["output"]
+    kl: float | None = Field(default=None, gt=0)
+    """Strength of the intervention shown, one of ``interventions.kl``; null: the first."""
+    n_tokens: int = Field(default=5, ge=1, le=10)
+    """Tokens shown per prompt, those whose probability rose most."""
+    n_samples: int = Field(default=5, ge=1)
+    """Answers kept; the first that says something stands for the explainer."""
+    temperature: float = Field(default=0.7, ge=0, le=2)
+    max_tokens: int = Field(default=20, ge=1)
+    seed: int = 0
+
+
+class _SelectingExplainerConfig(_ChatExplainerConfig, frozen=True):
+    """Explanations tried on the windows of the ``select`` split by the judge."""
+
+    n_examples: int = Field(default=40, ge=1)
+    """Train windows shown, as in ``default``."""
+    windows_per_prompt: int = Field(default=5, ge=1)
+    """Of detection and fuzzing on ``select``."""
+    temperature: float = Field(default=0.7, ge=0, le=2)
+    seed: int = 0
+
+
+class BestOfNExplainerConfig(_SelectingExplainerConfig, frozen=True):
+    """The best of several answers, by detection and fuzzing on ``select``."""
+
+    kind: Literal["best_of_n"]
+    n: int = Field(default=5, ge=2)
+    """Answers to choose from."""
+
+
+class RefineExplainerConfig(_SelectingExplainerConfig, frozen=True):
+    """An explanation improved by being shown what it gets wrong on ``select``."""
+
+    kind: Literal["refine"]
+    n_loops: int = Field(default=2, ge=1)
+    """Times that a better explanation is asked for."""
+    n_mistakes: int = Field(default=20, ge=1)
+    """False positives, and false negatives, shown at most."""
 
 
 ExplainerConfig = Annotated[
-    TopTokensExplainerConfig | DefaultExplainerConfig, Field(discriminator="kind")
+    TopTokensExplainerConfig
+    | DefaultExplainerConfig
+    | ContrastiveExplainerConfig
+    | SingleTokenExplainerConfig
+    | OutputExplainerConfig
+    | BestOfNExplainerConfig
+    | RefineExplainerConfig,
+    Field(discriminator="kind"),
 ]

@@ -174,7 +174,8 @@ class EmbedderConfig(Parameters, frozen=True):
     )
     """Put before an explanation; empty for embedders without instructions."""
     device: Device = "auto"
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    """Texts of 32 tokens per batch, of longer ones fewer; a GPU wants 256 and more."""
 
 
 class ModelsConfig(Parameters, frozen=True):
@@ -184,8 +185,11 @@ class ModelsConfig(Parameters, frozen=True):
     explainer: LLMConfig
     judge: LLMConfig | None = None
     """Null: the explainer judges too."""
+    base_lm: LLMConfig | None = None
+    """A model that continues and scores plain text. Needed by surprisal, intervention, simulation
+    all at once and the ``output`` explainer."""
     embedder: EmbedderConfig | None = None
-    """Needed by the embedding scorer."""
+    """Needed by the embedding and example_embedding scorers."""
 
     @model_validator(mode="after")
     def _default_to_explainer(self) -> "ModelsConfig":

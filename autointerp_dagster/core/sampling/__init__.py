@@ -11,8 +11,9 @@ from autointerp_dagster.core.sampling.draws import (
 from autointerp_dagster.core.sampling.latents import (
     N_DONORS,
     donors_of,
-    floor_latents,
+    floor_order,
     processing_order,
+    scored_latents,
     select_latents,
 )
 from autointerp_dagster.core.sampling.silent import (
@@ -33,12 +34,13 @@ __all__ = [
     "Strategy",
     "donors_of",
     "draw_ranks",
-    "floor_latents",
+    "floor_order",
     "latent_keys",
     "matching_demand",
     "processing_order",
     "quantile_bands",
     "ranks_within",
+    "scored_latents",
     "select_latents",
     "silent_windows",
     "strength_ranks",

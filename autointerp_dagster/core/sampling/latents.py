@@ -4,7 +4,12 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float32, Float64, Int64, UInt64
 
-from autointerp_dagster.core.config import FloorsConfig, LatentSample, LatentSelection
+from autointerp_dagster.core.config import (
+    FloorsConfig,
+    LatentSample,
+    LatentSelection,
+    ScoredLatents,
+)
 from autointerp_dagster.core.rng import address_key, hash_priority
 from autointerp_dagster.core.sampling.draws import ranks_within
 from autointerp_dagster.core.schemas import DONORS
@@ -64,12 +69,31 @@ def _sampled(
     return alive[turn < selection.sample]
 
 
-def floor_latents(
+def floor_order(
     layer: LayerKey, selected: Int64[np.ndarray, " latent"], config: FloorsConfig
-) -> Int64[np.ndarray, " floor"]:
-    """Those selected latents whose floors are measured too, ascending; at most ``sample``."""
-    key = address_key(config.seed, layer, None, "floor-latents")
-    return _smallest(key, selected, config.sample)
+) -> Int64[np.ndarray, " latent"]:
+    """``selected`` in the order in which latents are taken for floors: the first ``sample`` are.
+
+    The order of those that stay does not change when others leave.
+    """
+    selected = np.sort(selected)
+    priority = hash_priority(address_key(config.seed, layer, None, "floor-latents"), selected)
+    return selected[np.argsort(priority, kind="stable")]
+
+
+def scored_latents(selection: pl.DataFrame, latents: ScoredLatents) -> pl.DataFrame:
+    """The rows of those explained latents that a scorer is asked about.
+
+    Args:
+        selection: ``schemas.SELECTION``.
+        latents: ``all``; a sample: the first of the layer by ``rank``, so none that is known to be
+            dead or rare; or a list, of which latents that are not explained are left out.
+    """
+    if latents == "all":
+        return selection
+    if isinstance(latents, tuple):
+        return selection.filter(pl.col("latent").is_in(latents))
+    return selection.filter(pl.col("rank") < latents.sample)
 
 
 def processing_order(
