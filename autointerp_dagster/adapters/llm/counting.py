@@ -14,7 +14,7 @@ from autointerp_dagster.adapters.llm.factory import find_model
 from autointerp_dagster.adapters.llm.remote.reply import TOKENS_PER_MESSAGE
 from autointerp_dagster.core.config.models import LLMConfig, LocalLLMConfig
 from autointerp_dagster.core.errors import ModelError
-from autointerp_dagster.core.llm import LabelList, Message, Request, estimated_tokens
+from autointerp_dagster.core.llm import IntegerList, LabelList, Message, Request, estimated_tokens
 
 Messages = Sequence[Message]
 
@@ -160,8 +160,8 @@ class PromptCounter:
 
 
 def completion_tokens(request: Request, tokens: Tokens) -> int | None:
-    """Tokens of an answer whose format decides them (a list of labels); null for any other."""
-    if isinstance(request.answer, LabelList):
+    """Tokens of an answer whose format decides them (a list); null for any other."""
+    if isinstance(request.answer, LabelList | IntegerList):
         return min(request.max_tokens, tokens.of_labels(request.answer.n))
     return None
 

@@ -10,6 +10,9 @@ from typing import NamedTuple
 _LABEL = re.compile(r"[01]|true|false", re.IGNORECASE)
 _ITEM = r"""["']?(?:[01]|true|false)["']?"""
 _LABEL_LIST = re.compile(rf"\[\s*{_ITEM}(?:\s*,\s*{_ITEM})*\s*,?\s*\]", re.IGNORECASE)
+_NUMBER = r"-?\d{1,9}(?:\.\d{1,9})?"
+_QUOTED_NUMBER = rf"""["']?\s*{_NUMBER}\s*["']?"""
+_NUMBER_LIST = re.compile(rf"\[\s*{_QUOTED_NUMBER}(?:\s*,\s*{_QUOTED_NUMBER})*\s*,?\s*\]")
 
 
 class LabelReading(NamedTuple):
@@ -153,6 +156,57 @@ def _probability_of_one(token: Token) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
+class IntegerList:
+    """An answer that is a JSON list of ``n`` integers, e.g. ``[0, 0, 7]``.
+
+    The last list of numbers in the text counts. Quoted numbers and ``3.0`` are read too; what
+    stands around the list (prose, code fences, an object) is ignored. A number with a fraction or
+    outside the bounds is a fault, as is another number of entries: nothing is rounded, cut or
+    filled up.
+    """
+
+    n: int
+    lo: int
+    """The smallest that counts."""
+    hi: int
+    """The largest."""
+
+    @property
+    def identity(self) -> list[str | int]:
+        """What of the format is in every ``call_id``; a change makes paid answers strangers."""
+        return ["integers", self.n, self.lo, self.hi]
+
+    @property
+    def json_schema(self) -> dict[str, object]:
+        """For endpoints with structured outputs."""
+        items = {"type": "integer", "enum": list(range(self.lo, self.hi + 1))}
+        return {"type": "array", "items": items, "minItems": self.n, "maxItems": self.n}
+
+    def fault(self, text: str) -> str | None:
+        """What is wrong with the format, in words a model can act on; null if nothing is."""
+        numbers = _last_numbers(text)
+        if numbers is None:
+            return "there was no list of integers"
+        if len(numbers) != self.n:
+            return f"the list had {len(numbers)} entries instead of {self.n}"
+        if not all(number.is_integer() and self.lo <= number <= self.hi for number in numbers):
+            return f"not every entry was an integer from {self.lo} to {self.hi}"
+        return None
+
+    def read(self, text: str) -> list[int] | None:
+        """The integers, in order; null if the format is faulty."""
+        if self.fault(text) is not None:
+            return None
+        return [int(number) for number in _last_numbers(text) or ()]
+
+
+def _last_numbers(text: str) -> list[float] | None:
+    """The entries of the last list of numbers; null if there is no list."""
+    lists = _NUMBER_LIST.findall(text)
+    return [float(number) for number in re.findall(_NUMBER, lists[-1])] if lists else None
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """An answer that is exactly one of some options."""
 
@@ -221,4 +275,4 @@ class PromptScores:
         """Never anything."""
 
 
-Answer = FreeText | LabelList | Choice | Continuation | PromptScores
+Answer = FreeText | LabelList | IntegerList | Choice | Continuation | PromptScores

@@ -10,6 +10,10 @@ from autointerp_dagster.core.prompts import (
     explanation_prompt,
     fuzzing_prompt,
 )
+from autointerp_dagster.core.prompts.contrastive import contrastive_prompt
+from autointerp_dagster.core.prompts.intruder import intruder_prompt
+from autointerp_dagster.core.prompts.refine import refine_prompt
+from autointerp_dagster.core.prompts.simulation import simulation_chat
 
 RULES = {"rain": lambda text: "rain" in text, "digits": lambda text: any(map(str.isdigit, text))}
 
@@ -73,3 +77,31 @@ def test_the_fake_server_can_be_used_with_the_judge():
     with FakeLLMServer(rule_judge(RULES)) as server:
         assert server.base_url.startswith("http://127.0.0.1:")
         assert server.base_url.endswith("/v1")
+
+
+def test_both_judges_answer_a_simulation_question_token_by_token():
+    judge = rule_judge(RULES)
+    chat_of = chat(
+        simulation_chat("rain", ["more", escape(" <rain>"), escape("\n"), " the", " rainbow"])
+    )
+    assert judge(chat_of) == "[0, 10, 0, 0, 10]"
+    assert judge(chat(simulation_chat("no such rule", ["rain", "1"]))) == "[0, 0]"
+    words = simulation_chat('the words "may"', [" In", " May", " a", " 1."])
+    assert word_judge(seed=0)(chat(words)) == "[0, 10, 0, 0]"
+
+
+def test_the_judges_answer_contrastive_and_refining_questions():
+    shown = [ShownExample("room <<42>> in the rain", ())]
+    asked = explanation_prompt(shown, True)
+    contrast = contrastive_prompt(shown, ["in the sun"], True)
+    better = refine_prompt(asked, "rain", [ShownExample("<<7>> suns", ())], ["rain"], True)
+    for prompt in (contrast, better):
+        assert rule_judge(RULES)(chat(prompt)) == "[EXPLANATION]: digits"
+        assert word_judge(seed=0)(chat(prompt)) == '[EXPLANATION]: the words "42"'
+
+
+def test_the_judges_find_the_window_that_does_not_belong():
+    windows = ["<<rain>> fell", "the <<sun>>", "<<rainbow>>", "<<rain>> 4", "heavy <<rain>>"]
+    assert rule_judge(RULES)(chat(intruder_prompt(windows))) == "2"
+    shared = ["a <<cat>>", "the <<Cat>> sat", "<<cat>> and <<dog>>", "<<dog>>", "one <<bird>>"]
+    assert word_judge(seed=0)(chat(intruder_prompt(shared))) == "5"

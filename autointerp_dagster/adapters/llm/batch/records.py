@@ -27,6 +27,7 @@ from autointerp_dagster.core.llm import (
     Choice,
     Continuation,
     FreeText,
+    IntegerList,
     JournalBlock,
     LabelList,
     Message,
@@ -38,7 +39,8 @@ _ROWS_AT_ONCE = 1024
 _ID_BYTES = 16
 """Of a ``call_id``, which is written in hexadecimal digits."""
 _ANSWERS: Mapping[str, Callable[..., Answer]] = {
-    kind.__name__: kind for kind in (FreeText, LabelList, Choice, Continuation, PromptScores)
+    kind.__name__: kind
+    for kind in (FreeText, LabelList, IntegerList, Choice, Continuation, PromptScores)
 }
 _SCHEMA = pa.schema(
     {

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache
 from autointerp_dagster.adapters.llm.backend import TOO_LONG, Reply
 from autointerp_dagster.adapters.llm.local.continuation import continue_text
 from autointerp_dagster.adapters.llm.local.decoding import decode_labels, decode_text
+from autointerp_dagster.adapters.llm.local.integers import decode_integers
 from autointerp_dagster.adapters.llm.local.model import LocalModel, identity_of, load_model
 from autointerp_dagster.adapters.llm.local.prompts import Prompt, common_len, prompt_of
 from autointerp_dagster.adapters.llm.local.scores import choose, score_prompts
@@ -28,6 +29,7 @@ from autointerp_dagster.core.llm import (
     Choice,
     Continuation,
     FreeText,
+    IntegerList,
     LabelList,
     PromptScores,
     Request,
@@ -49,6 +51,7 @@ _ANSWERS: dict[type, _Answering] = {
     Choice: choose,
     Continuation: continue_text,
     PromptScores: score_prompts,
+    IntegerList: decode_integers,
 }
 _KINDS = list(_ANSWERS)
 
@@ -199,6 +202,8 @@ def _full_len(prompt: Prompt) -> int:
     answer = prompt.request.answer
     if isinstance(answer, LabelList):
         return len(prompt.ids) + 3 * answer.n
+    if isinstance(answer, IntegerList):
+        return len(prompt.ids) + 5 * answer.n
     if isinstance(answer, Choice):
         return len(prompt.ids) + max(map(len, prompt.options))
     if isinstance(answer, PromptScores):

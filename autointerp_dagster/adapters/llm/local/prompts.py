@@ -15,11 +15,15 @@ from autointerp_dagster.core.llm import (
     Choice,
     Continuation,
     FreeText,
+    IntegerList,
     LabelList,
     Message,
     PromptScores,
     Request,
 )
+
+Spellings = dict[tuple[int, ...], int]
+"""Integers by the tokens that spell them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,20 @@ class LabelForm:
     """Between labels."""
     later: tuple[int, int]
     """The tokens for 0 and 1 in later places."""
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerForm:
+    """How a tokenizer spells ``[3, 10, ...]``."""
+
+    opening: tuple[int, ...]
+    """Before the first number."""
+    first: Spellings
+    """Numbers in the first place, by their tokens."""
+    separator: tuple[int, ...]
+    """Between numbers; not empty."""
+    later: Spellings
+    """Numbers in later places, by their tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +95,30 @@ def label_form(tokenizer: Any) -> LabelForm:
     return LabelForm(opening, first, between[n_before:], later)
 
 
+@lru_cache(maxsize=16)
+def integer_form(tokenizer: Any, lo: int, hi: int) -> IntegerForm:
+    """The form of a tokenizer for integers from ``lo`` to ``hi``.
+
+    Raises:
+        ModelError: If numbers in a list are not tokens of their own there.
+    """
+    numbers = range(lo, hi + 1)
+    firsts = [encoded(tokenizer, f"[{number}") for number in numbers]
+    n_opening = min(common_len(firsts), min(map(len, firsts)) - 1)
+    first = {ids[n_opening:]: number for ids, number in zip(firsts, numbers, strict=True)}
+    start = firsts[0]
+    laters = [encoded(tokenizer, f"[{lo}, {number}") for number in numbers]
+    n_before = min(common_len(laters), min(map(len, laters)) - 1)
+    later = {ids[n_before:]: number for ids, number in zip(laters, numbers, strict=True)}
+    separator = laters[0][len(start) : n_before]
+    if laters[0][: len(start)] != start or not separator or len(later) != len(numbers):
+        raise ModelError(
+            "tokenizer: got numbers that merge with what stands around them, wanted tokens of "
+            "their own in '[0, 1]'. Serve this model with vLLM and use its base_url."
+        )
+    return IntegerForm(start[:n_opening], first, separator, later)
+
+
 def prompt_of(tokenizer: Any, request: Request, call_id: str) -> Prompt:
     """The tokens of a request, up to and with the forced beginning of the answer.
 
@@ -97,6 +139,9 @@ def prompt_of(tokenizer: Any, request: Request, call_id: str) -> Prompt:
     options: tuple[tuple[int, ...], ...] = ()
     if isinstance(answer, LabelList):
         ids = (*encoded(tokenizer, text), *label_form(tokenizer).opening)
+    elif isinstance(answer, IntegerList):
+        opening = integer_form(tokenizer, answer.lo, answer.hi).opening
+        ids = (*encoded(tokenizer, text), *opening)
     elif isinstance(answer, FreeText):  # small models never write the marker by themselves
         ids = encoded(tokenizer, text + answer.marker)
     else:

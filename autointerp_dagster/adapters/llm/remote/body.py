@@ -4,7 +4,14 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from autointerp_dagster.core.config.models import RemoteLLMConfig
-from autointerp_dagster.core.llm import Choice, Continuation, LabelList, PromptScores, Request
+from autointerp_dagster.core.llm import (
+    Choice,
+    Continuation,
+    IntegerList,
+    LabelList,
+    PromptScores,
+    Request,
+)
 
 CHAT = "/chat/completions"
 TEXT = "/completions"
@@ -32,6 +39,9 @@ for choices only."""
 
 _CHAT_ONLY = frozenset({"chat_template_kwargs", "reasoning_effort"})
 """Of ``extra_body``, what means nothing for a plain text, and which strict servers refuse there."""
+
+_NAMES: Mapping[type, str] = {LabelList: "labels", IntegerList: "integers", Choice: "choice"}
+"""Of the schemas."""
 
 Body = dict[str, Any]
 
@@ -95,17 +105,16 @@ def _answer_fields(request: Request, config: RemoteLLMConfig, lacks: Collection[
     if isinstance(answer, PromptScores):
         # Servers score a prompt only where they write at least one token after it.
         return {"echo": True, "logprobs": max(1, request.top_logprobs), "max_tokens": 1}
-    if not isinstance(answer, LabelList | Choice) or not config.structured_outputs:
+    if not isinstance(answer, LabelList | IntegerList | Choice) or not config.structured_outputs:
         return {}
     ways = STRUCTURED if isinstance(answer, Choice) else STRUCTURED[:2]
     usable: list[Feature] = [way for way in ways if way not in lacks]
     return _binding(usable[0], answer) if usable else {}
 
 
-def _binding(way: Feature, answer: LabelList | Choice) -> Body:
+def _binding(way: Feature, answer: LabelList | IntegerList | Choice) -> Body:
     if way == "response_format":
-        name = "labels" if isinstance(answer, LabelList) else "choice"
-        schema = {"name": name, "strict": True, "schema": answer.json_schema}
+        schema = {"name": _NAMES[type(answer)], "strict": True, "schema": answer.json_schema}
         return {"response_format": {"type": "json_schema", "json_schema": schema}}
     if way == "json_object":
         return {"response_format": {"type": "json_object", "schema": answer.json_schema}}

@@ -13,6 +13,7 @@ from autointerp_dagster.core.config.models import RemoteLLMConfig
 from autointerp_dagster.core.errors import LLMError
 from autointerp_dagster.core.llm import (
     Choice,
+    IntegerList,
     LabelList,
     PromptScores,
     Request,
@@ -32,7 +33,7 @@ BROKEN_OFF = frozenset({"error", "abort"})
 """Finish reasons of an answer that the server did not finish: OpenRouter's where the provider
 failed; vLLM's and SGLang's where they shut down."""
 
-_LIST_START = re.compile(r"\[[01,\s]*")
+_LIST_START = re.compile(r"\[[-\d,\s]*")
 
 Json = Mapping[str, Any]
 
@@ -69,13 +70,13 @@ def follows_schema(reply: Reply, request: Request) -> bool | None:
     Null where that cannot be told: no text, a good start cut short, or an answer without a schema.
     """
     text = (reply.text or "").strip()
-    if not text or not isinstance(request.answer, LabelList | Choice):
+    if not text or not isinstance(request.answer, LabelList | IntegerList | Choice):
         return None
     if isinstance(request.answer, Choice):
         is_whole = text in request.answer.options
         is_start = any(option.startswith(text.strip('"')) for option in request.answer.options)
     else:
-        is_whole = _is_label_list(text, request.answer.n)
+        is_whole = _is_integer_list(text, request.answer)
         is_start = _LIST_START.fullmatch(text) is not None
     if not is_whole and is_start and reply.finish_reason != "stop":
         return None
@@ -127,15 +128,16 @@ def _billed(body: object, request: Request, config: RemoteLLMConfig) -> Usage | 
     return _usage_of(body, request, "", config)
 
 
-def _is_label_list(text: str, n: int) -> bool:
+def _is_integer_list(text: str, answer: LabelList | IntegerList) -> bool:
+    lo, hi = (answer.lo, answer.hi) if isinstance(answer, IntegerList) else (0, 1)
     try:
-        labels = json.loads(text)
+        numbers = json.loads(text)
     except ValueError:
         return False
     return (
-        isinstance(labels, list)
-        and len(labels) == n
-        and all(type(label) is int and label in (0, 1) for label in labels)
+        isinstance(numbers, list)
+        and len(numbers) == answer.n
+        and all(type(number) is int and lo <= number <= hi for number in numbers)
     )
 
 
