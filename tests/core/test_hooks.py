@@ -1,11 +1,11 @@
-"""Captured outputs equal hand-placed hooks, and nothing after the last hookpoint runs."""
+"""Captured outputs equal hand-placed hooks; steering moves what it should and nothing else."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from autointerp_dagster.core.errors import ModelError
-from autointerp_dagster.core.hooks import captured_outputs
+from autointerp_dagster.core.hooks import captured_outputs, steered
 
 
 class Block(nn.Module):
@@ -101,3 +101,80 @@ def test_captures_may_be_nested() -> None:
         model(x)
     assert inner["layers.0"].item() == 3
     assert set(outer) == {"layers.3"}
+
+
+VECTORS = torch.tensor([[1.0, 0.0, 0.0], [0.0, 10.0, 0.0]])
+
+
+def test_each_row_is_steered_by_its_own_vector() -> None:
+    model, x = Model(), torch.zeros(2, 2, 3)
+    clean = model(x.clone())
+    with steered(model, "layers.2", VECTORS):
+        found = model(x.clone())
+    # layer 3 multiplies by 5
+    assert torch.equal(found - clean, (5 * VECTORS)[:, None].expand(2, 2, 3))
+
+
+def test_a_tuple_keeps_its_other_items() -> None:
+    model = Model()
+    with captured_outputs(model, ["layers.3"]) as clean:
+        model(torch.zeros(2, 1, 3))
+    with steered(model, "layers.1", VECTORS):
+        output = model.layers[1](torch.zeros(2, 1, 3))
+        with captured_outputs(model, ["layers.3"]) as found:
+            model(torch.zeros(2, 1, 3))
+    assert output[1] is None
+    # layers 2 and 3 multiply by 4 and 5
+    assert torch.equal((found["layers.3"] - clean["layers.3"])[:, 0], 20 * VECTORS)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_only_the_places_named_are_steered_in_the_first_pass_and_all_in_later_ones(
+    padding: str,
+) -> None:
+    model, x = Model(), torch.zeros(2, 3, 3)
+    last = torch.tensor([[False, False, True], [False, False, True]])
+    if padding == "right":  # the second row is a token shorter
+        last[1] = torch.tensor([False, True, False])
+    with steered(model, "layers.3", VECTORS, last):
+        first, later = model(x.clone()), model(torch.zeros(2, 1, 3))
+    moved = first - model(x.clone())
+    assert torch.equal((moved != 0).any(dim=-1), last)
+    assert torch.equal(moved.sum(dim=1), VECTORS)
+    assert torch.equal((later - model(torch.zeros(2, 1, 3)))[:, 0], VECTORS)
+
+
+def test_a_vector_of_zeros_changes_no_bit_of_a_bfloat16_output() -> None:
+    model = Model()
+    x = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with steered(model, "layers.0", torch.zeros(2, 3)):
+        found = model(x.clone())
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, model(x.clone()))
+
+
+def test_steering_ends_with_the_block_also_after_an_error() -> None:
+    model = Model()
+    with pytest.raises(RuntimeError, match="mine"), steered(model, "layers.0", VECTORS):
+        raise RuntimeError("mine")
+    assert all(not module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 3), (2, 2, 4), (2, 3)])
+def test_steering_that_does_not_fit_the_output_is_an_error_that_names_both(
+    shape: tuple[int, ...],
+) -> None:
+    model = Model()
+    with (
+        pytest.raises(ModelError, match=r"'layers\.0': output of shape \(.*wanted \(2, "),
+        steered(model, "layers.0", VECTORS),
+    ):
+        model(torch.zeros(shape))
+
+
+def test_steering_at_an_unknown_hookpoint_is_an_error_that_names_the_nearest() -> None:
+    with (
+        pytest.raises(ModelError, match=r"layers\.1"),
+        steered(Model(), "layer.1", VECTORS),
+    ):
+        pytest.fail("the block must not be entered")
