@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from autointerp_dagster.core.explainers.explanation import Explainer, Explanation
 from autointerp_dagster.core.latent_records import LatentRecord
-from autointerp_dagster.core.llm import LLM, JournalBlock, Request
+from autointerp_dagster.core.llm import LLM, Completion, JournalBlock, Request
 from autointerp_dagster.core.tokens import Detokenizer
 from autointerp_dagster.core.types import LatentId
 
@@ -13,15 +13,23 @@ def explain(
     explainer: Explainer,
     records: Iterable[LatentRecord],
     detokenizer: Detokenizer,
-    llm: LLM,
+    llm: LLM | None,
     block_of: Callable[[LatentId], JournalBlock],
 ) -> Iterator[Explanation]:
     """One explanation per record, in the order of the answers.
 
     Records are drawn lazily and kept only until they are answered.
 
+    Args:
+        explainer: Whose explanations.
+        records: Of the latents.
+        detokenizer: Of the subject model.
+        llm: Whom it asks; null for an explainer that asks nobody.
+        block_of: Where the calls of a latent are kept.
+
     Raises:
         LLMError: If no model answers at all.
+        ValueError: If there is something to ask and nobody to be asked.
     """
     asked: dict[int, tuple[Request, LatentRecord]] = {}
     unasked: list[LatentRecord] = []
@@ -35,8 +43,16 @@ def explain(
                 asked[id(request)] = (request, record)
                 yield request
 
-    for request, completion in llm.answer(requests()):
+    for request, completion in _answered(llm, requests()):
         _, record = asked.pop(id(request))
         yield explainer.explanation(record, detokenizer, completion)
     for record in unasked:
         yield explainer.explanation(record, detokenizer, None)
+
+
+def _answered(llm: LLM | None, requests: Iterator[Request]) -> Iterator[tuple[Request, Completion]]:
+    if llm is not None:
+        yield from llm.answer(requests)
+        return
+    for request in requests:
+        raise ValueError(f"{request.unit}: has a question and no model to ask. Give one.")

@@ -4,6 +4,7 @@ Source:
     arXiv 2410.13928, section 3.1; temperature 0 is ours (the paper's figures were made at 0.7).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +18,11 @@ from autointerp_dagster.core.explainers.explanation import (
 )
 from autointerp_dagster.core.latent_records import LatentRecord, Window
 from autointerp_dagster.core.llm import Completion, FreeText, JournalBlock, Request
-from autointerp_dagster.core.prompts import (
+from autointerp_dagster.core.prompts.explanation import (
+    CHAIN_OF_THOUGHT_VERSION,
     EXPLANATION_VERSION,
     MAX_LISTED_TOKENS,
+    PROMOTED_VERSION,
     ShownExample,
     explanation_prompt,
 )
@@ -45,8 +48,10 @@ class DefaultExplainer:
 
     @property
     def version(self) -> str:
-        """See ``VERSION``."""
-        return VERSION
+        """``VERSION``, and that of each option used, so that an option changes only its users'."""
+        steps = f".steps{CHAIN_OF_THOUGHT_VERSION}" if self.config.chain_of_thought else ""
+        promoted = f".promoted{PROMOTED_VERSION}" if self.config.show_promoted else ""
+        return VERSION + steps + promoted
 
     def request(
         self, record: LatentRecord, detokenizer: Detokenizer, block: JournalBlock
@@ -59,7 +64,12 @@ class DefaultExplainer:
             shown_example(window, record.max_activation, detokenizer)
             for window in windows[: self.config.n_examples]
         ]
-        prompt = explanation_prompt(examples, self.config.show_activations)
+        prompt = explanation_prompt(
+            examples,
+            self.config.show_activations,
+            chain_of_thought=self.config.chain_of_thought,
+            promoted=shown_tokens(record.promoted_tokens) if self.config.show_promoted else None,
+        )
         return Request(
             messages=prompt.messages,
             answer=_ANSWER,
@@ -79,19 +89,40 @@ class DefaultExplainer:
             ValueError: If the record could be asked about and no completion is given.
         """
         del detokenizer
-        if record.status != "ok":
-            return skipped_explanation(record.latent, self.name, record.status)
-        if not record.activating("train"):
-            return skipped_explanation(record.latent, self.name, "no_train_windows")
-        if completion is None:
-            raise ValueError(
-                f"{record.latent}: explainer {self.name!r} got no completion, wanted the answer "
-                "to its request. Ask a model first."
-            )
-        text = None if completion.reason is not None else _description(completion.text)
-        if text is None:
-            return failed_explanation(record.latent, self.name, completion)
-        return Explanation(record.latent, self.name, text, "ok", None, completion.call_id)
+        return answered_explanation(record, self.name, completion)
+
+
+def answered_explanation(
+    record: LatentRecord, explainer: str, completion: Completion | None
+) -> Explanation:
+    """The description after the marker of a chat model's answer, or why there is none.
+
+    Args:
+        record: Any record.
+        explainer: The explainer's name in the study.
+        completion: Null exactly where the latent could not be asked about.
+
+    Raises:
+        ValueError: If the record could be asked about and no completion is given.
+    """
+    if record.status != "ok":
+        return skipped_explanation(record.latent, explainer, record.status)
+    if not record.activating("train"):
+        return skipped_explanation(record.latent, explainer, "no_train_windows")
+    if completion is None:
+        raise ValueError(
+            f"{record.latent}: explainer {explainer!r} got no completion, wanted the answer "
+            "to its request. Ask a model first."
+        )
+    text = None if completion.reason is not None else _description(completion.text)
+    if text is None:
+        return failed_explanation(record.latent, explainer, completion)
+    return Explanation(record.latent, explainer, text, "ok", None, completion.call_id)
+
+
+def shown_tokens(tokens: Sequence[str]) -> tuple[str, ...]:
+    """The text of tokens as a prompt lists them: escaped, spaces around them dropped."""
+    return tuple(highlight.escape(token.strip(" ") or " ") for token in tokens)
 
 
 def shown_example(window: Window, max_activation: float, detokenizer: Detokenizer) -> ShownExample:

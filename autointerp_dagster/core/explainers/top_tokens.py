@@ -49,17 +49,19 @@ class TopTokensExplainer:
             return skipped_explanation(record.latent, self.name, "no_train_windows")
         n = self.config.n_tokens
         listed = [
-            f"{_quoted(token, detokenizer)} ({_percent(share)})"
+            f"{quoted_token(token, detokenizer)} ({percent(share)})"
             for token, share in zip(record.top_tokens, record.top_token_shares, strict=True)
         ][:n]
         noun = "the token" if len(listed) == 1 else "the tokens"
         return Explanation(record.latent, self.name, f"{noun} {', '.join(listed)}", "ok", None)
 
 
-def _quoted(token: int, detokenizer: Detokenizer) -> str:
+def quoted_token(token: int, detokenizer: Detokenizer) -> str:
+    """The escaped text of a token in quotes; its number where it has no text of its own."""
     piece = "".join(detokenizer.pieces(np.array([token])))
     return f'"{highlight.escape(piece)}"' if piece else f"number {token}, part of a character"
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share in [0, 1] in whole per cent, e.g. ``42 %``."""
     return "under 1 %" if share < 0.01 else f"{share:.0%}".replace("%", " %")

@@ -36,6 +36,8 @@ class Window:
     """The visible tokens: BOS is left out, so one fewer than the window length at times."""
     activations: Float32[np.ndarray, " position"]
     """One per visible token, >= 0; all 0 for a non-activating window."""
+    other_activations: Float32[np.ndarray, " position"] | None = None
+    """Of the neighbour that fires in a negative of kind ``neighbour``, one per visible token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,11 @@ class LatentRecord:
     """Their shares of the summed activation, in (0, 1]."""
     windows: tuple[Window, ...]
     """By (split, class, rank); empty unless ``status`` is ``ok``."""
+    n_train: int | None = None
+    """Activating train windows there are, before sampling: what the shares are of. Null: not
+    known."""
+    promoted_tokens: tuple[str, ...] = ()
+    """Text of the tokens that the decoder row promotes most, descending; empty if not looked up."""
 
     def activating(self, split: Split) -> tuple[Window, ...]:
         """The activating windows of a split, by rank."""
@@ -86,6 +93,7 @@ def records_in_order(
             top_tokens=tuple(row["top_tokens"]),
             top_token_shares=tuple(row["top_token_shares"]),
             windows=_windows(windows[first:stop], dataset),
+            n_train=row["n_train"],
         )
 
 
