@@ -1,5 +1,6 @@
-"""Vectors come in the order of the texts, and order and repetition change nothing."""
+"""Vectors come in the order of the texts; company, order and repetition change nothing."""
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from autointerp_dagster.adapters.embedders import SentenceEmbedder, open_embedder
+from autointerp_dagster.adapters.embedded import english_documents, minilm_dir
+from autointerp_dagster.adapters.embedders import SentenceEmbedder, VectorCache, open_embedder
 from autointerp_dagster.core.config import EmbedderConfig
 from autointerp_dagster.core.errors import ModelError
 
@@ -50,9 +52,17 @@ def embedder_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return whole
 
 
+def config_of(folder: Path, **parameters: object) -> EmbedderConfig:
+    return EmbedderConfig.model_validate({"source": str(folder), "device": "cpu", **parameters})
+
+
 def embedder_at(folder: Path, **parameters: object) -> SentenceEmbedder:
-    content = {"source": str(folder), "device": "cpu", **parameters}
-    return open_embedder(EmbedderConfig.model_validate(content))
+    return open_embedder(config_of(folder, **parameters))
+
+
+def fresh(folder: Path, **parameters: object) -> SentenceEmbedder:
+    """With nothing kept."""
+    return SentenceEmbedder(config_of(folder, **parameters))
 
 
 def test_vectors_come_in_the_order_of_the_texts(embedder_dir: Path) -> None:
@@ -77,6 +87,92 @@ def test_no_texts_give_no_vectors(embedder_dir: Path) -> None:
 def test_the_batch_size_hardly_matters(embedder_dir: Path) -> None:
     one, many = (embedder_at(embedder_dir, batch_size=n).embed(TEXTS) for n in (1, 8))
     np.testing.assert_allclose(one, many, atol=1e-5)
+
+
+def test_a_texts_bits_do_not_depend_on_what_is_embedded_with_it(embedder_dir: Path) -> None:
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS[2:], size=n)) for n in rng.integers(1, 40, size=60)]
+    alone = [fresh(embedder_dir, batch_size=3).embed([text])[0] for text in texts]
+    together = fresh(embedder_dir, batch_size=3).embed(texts)
+    assert np.array_equal(np.stack(alone), together)
+    order = rng.permutation(len(texts))[:25]
+    some = fresh(embedder_dir, batch_size=3).embed([texts[i] for i in order])
+    assert np.array_equal(some, together[order])
+
+
+@pytest.mark.slow
+def test_windows_of_a_real_model_have_the_same_bits_in_any_company() -> None:
+    words = " ".join(document.text for document in islice(english_documents(), 20)).split()
+    texts = [" ".join(words[i : i + 16 + i % 24]) for i in range(0, 1200, 40)]
+    config = EmbedderConfig(source=str(minilm_dir()), device="cpu")
+    together = SentenceEmbedder(config).embed(texts)
+    order = np.random.default_rng(0).permutation(len(texts))
+    in_parts = SentenceEmbedder(config)
+    for part in np.array_split(order, 3):
+        found = in_parts.embed([texts[i] for i in part])
+        assert np.array_equal(found, together[part])
+    assert in_parts.n_embedded == len(set(texts))
+    plain = SentenceTransformer(str(minilm_dir()), device="cpu").encode(texts)
+    np.testing.assert_allclose(together, plain, atol=1e-6)
+
+
+def test_each_distinct_text_goes_through_the_model_once(embedder_dir: Path) -> None:
+    embedder = fresh(embedder_dir)
+    first = embedder.embed([*TEXTS, *TEXTS])
+    assert embedder.n_embedded == len(TEXTS)
+    again = embedder.embed([TEXTS[3], "past", TEXTS[0]])
+    assert embedder.n_embedded == len(TEXTS) + 1
+    assert np.array_equal(again[[0, 2]], first[[3, 0]])
+
+
+def test_a_vector_that_was_dropped_is_made_again_with_the_same_bits(embedder_dir: Path) -> None:
+    entry = 8 * 4 + 300  # a vector, and what it costs to keep one
+    embedder = SentenceEmbedder(config_of(embedder_dir), cache_bytes=2 * entry)
+    first = embedder.embed(TEXTS)
+    assert np.array_equal(embedder.embed(TEXTS), first)
+    assert embedder.n_embedded == 2 * len(TEXTS) - 2
+
+
+def test_the_cache_drops_what_was_not_used_for_longest() -> None:
+    vectors = VectorCache(2 * (4 * 4 + 300))
+    for text in ("a", "b"):
+        vectors.keep(text, np.full(4, ord(text), np.float32))
+    assert vectors.find("a") is not None
+    vectors.keep("c", np.zeros(4, np.float32))
+    assert vectors.find("b") is None
+    assert vectors.find("a") is not None
+    assert vectors.find("c") is not None
+    assert vectors.n_bytes == 2 * (4 * 4 + 300)
+
+
+def test_callers_cannot_change_what_is_kept(embedder_dir: Path) -> None:
+    embedder = fresh(embedder_dir)
+    before = embedder.embed(["river"]).copy()
+    embedder.embed(["river"])[:] = 0
+    assert np.array_equal(embedder.embed(["river"]), before)
+
+
+def test_the_models_own_default_prompt_is_not_put_before_texts(
+    embedder_dir: Path, tmp_path: Path
+) -> None:
+    prompted = SentenceTransformer(
+        str(embedder_dir),
+        device="cpu",
+        prompts={"query": "the old mill ", "document": "past an "},
+        default_prompt_name="document",
+    )
+    prompted.save_pretrained(str(tmp_path), create_model_card=False)
+    plain = fresh(embedder_dir).embed(TEXTS)
+    assert np.array_equal(fresh(tmp_path).embed(TEXTS), plain)
+    # the prompt would have been seen: sentence-transformers itself adds it
+    loaded = SentenceTransformer(str(tmp_path), device="cpu")
+    assert not np.allclose(loaded.encode(TEXTS), plain, atol=1e-3)
+
+
+def test_empty_and_very_long_texts_are_embedded(embedder_dir: Path) -> None:
+    vectors = fresh(embedder_dir).embed(["", "river " * 10_000, "river " * 16, "\n"])
+    assert vectors.shape == (4, 8)
+    assert np.array_equal(vectors[1], vectors[2])  # cut at the model's 16 tokens
 
 
 def test_the_identity_is_that_of_the_weights(embedder_dir: Path) -> None:

@@ -17,7 +17,12 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
 from autointerp_dagster.core import highlight
-from autointerp_dagster.core.config import DetectionConfig, EmbeddingConfig, FuzzingConfig
+from autointerp_dagster.core.config import (
+    DetectionConfig,
+    EmbeddingConfig,
+    FuzzingConfig,
+    ScorersConfig,
+)
 from autointerp_dagster.core.llm import LabelList, Token
 from autointerp_dagster.core.prompts import read_question
 from autointerp_dagster.core.schemas import MAIN_VARIANT, VERDICTS
@@ -366,13 +371,79 @@ def test_copied_marks_keep_their_number_in_a_shorter_window(marks, n, copied):
     assert "".join(".x"[int(mark)] for mark in result) == copied
 
 
-def test_a_window_whose_kind_needs_other_marks_is_refused():
-    windows = [
-        make_window("a b", [1.0, 0]),
-        make_window("c d", None, window_id=9, kind="neighbour"),
+def negative(text, kind, *, window_id=9, other=None, rank=0):
+    window = make_window(text, None, window_id=window_id, kind=kind, rank=rank)
+    values = None if other is None else np.array(other, dtype=np.float32)
+    return dataclasses.replace(window, other_activations=values)
+
+
+def false_text(*windows, top_tokens=()):
+    """How one silent window is shown beside an activating window marked on its last word."""
+    record = make_record([make_window("q r s t", [0, 0, 0, 2.0]), *windows], top_tokens=top_tokens)
+    (text,) = [s.text for s in shown_in(prompts_for("fuzzing", record)) if not s.is_activating]
+    return text
+
+
+def test_a_neighbours_window_is_marked_by_the_neighbours_activations():
+    window = negative("a big dog ran", "neighbour", other=[0, 3.0, 0.9, 0.8])
+    assert false_text(window) == "a <<big dog>> ran"
+
+
+def test_a_neighbours_mark_on_half_a_character_stands_on_the_token_that_shows_it():
+    pieces = ["a", "", " é", " b"]
+    assert false_text(negative(pieces, "neighbour", other=[0, 2.0, 0, 0])) == "a <<é>> b"
+
+
+def test_a_neighbours_window_without_its_activations_is_refused():
+    with pytest.raises(ValueError, match="'neighbour', got no other_activations"):
+        false_text(negative("c d", "neighbour"))
+
+
+def test_a_window_with_the_same_token_is_marked_on_every_occurrence_of_it():
+    top = [(" dog", 0.7), (" big", 0.2)]
+    window = negative("a dog saw a big dog", "same_token")
+    assert false_text(window, top_tokens=top) == "a <<dog>> saw a big <<dog>>"
+
+
+@pytest.mark.parametrize(
+    ("window", "top_tokens"),
+    [
+        (negative("a b c d", "same_token"), [(" dog", 0.7)]),
+        (negative("a b c d", "same_token"), []),
+        (negative("a b c d", "neighbour", other=[0, 0, 0, 0]), []),
+        (negative("a b c d", "similar"), [(" b", 0.7)]),
+    ],
+)
+def test_where_the_rule_of_a_kind_marks_nothing_marks_are_copied(window, top_tokens):
+    assert false_text(window, top_tokens=top_tokens) == "a b c <<d>>"
+
+
+@pytest.mark.parametrize("scorer", LABEL_SCORERS)
+def test_a_window_that_is_a_negative_of_two_kinds_is_judged_once_and_by_a_fixed_kind(scorer):
+    twice = [
+        negative("c d", "same_token", rank=0),
+        negative("c d", "neighbour", rank=2, other=[1.0, 0]),
+        negative("e f", "similar", rank=1, window_id=10),
+        negative("c d", "similar", rank=3),
     ]
-    with pytest.raises(ValueError, match="'neighbour', wanted 'random' or 'similar'"):
-        prompts_for("fuzzing", make_record(windows))
+    for silent in (twice, twice[::-1]):
+        record = make_record([make_window("a b", [1.0, 0]), *silent])
+        prompts = prompts_for(scorer, record)
+        frame = verdicts_frame(verdicts_for(scorer, prompts, map(right_answer, prompts)))
+        rows = frame.filter(~frame["is_activating"]).select("window_id", "negative_kind").rows()
+        assert rows == [(9, "neighbour"), (10, "similar")]
+    # the larger number of examples holds the smaller one
+    record = make_record([make_window("a b", [1.0, 0]), *twice])
+    (prompt,) = prompts_for(scorer, record, n_examples=1)
+    assert {s.window.window_id for s in prompt.windows} == {1 << 16, 10}
+
+
+@pytest.mark.parametrize("scorer", LABEL_SCORERS)
+def test_verdicts_say_in_which_turn_their_prompt_is_asked(scorer):
+    prompts = prompts_for(scorer, make_record(n_test=7, n_negative=6))
+    assert [prompt.turn for prompt in prompts] == [0, 1, 2]
+    turns = Counter(v.turn for v in verdicts_for(scorer, prompts, map(right_answer, prompts)))
+    assert turns == {0: 5, 1: 5, 2: 3}
 
 
 def active_record(n):
@@ -491,25 +562,78 @@ def auroc_of_positions(features, labels, latents):
     return roc_auc_score(labels, probabilities[:, 1])
 
 
-def test_marks_cannot_be_told_true_from_false_by_where_they_stand():
-    rng = np.random.default_rng(3)
-    features, labels, latents, naive = [], [], [], []
-    for index in range(80):
-        record = simulated_record(index, rng)
+def marked_windows(records):
+    """Mark vector, truth, latent and kind of every shown window."""
+    rows = []
+    for index, record in enumerate(records):
         task = dataclasses.replace(OWN, latent=record.latent, explanation_of=index)
         for shown in shown_in(prompts_for("fuzzing", record, task)):
-            vector = mark_vector(shown.text)
-            features.append(vector)
-            labels.append(shown.is_activating)
-            latents.append(index)
-            n = len(shown.window.tokens)
-            drawn = rng.permutation([1.0] * int(vector[16]) + [0.0] * (n - int(vector[16])))
-            elsewhere = [*drawn, *[0.0] * (16 - n), *vector[16:]]
-            naive.append(vector if shown.is_activating else elsewhere)
+            row = (mark_vector(shown.text), shown.is_activating, index, shown.window.negative_kind)
+            rows.append((*row, len(shown.window.tokens)))
+    return rows
+
+
+def test_marks_cannot_be_told_true_from_false_by_where_they_stand():
+    rng = np.random.default_rng(3)
+    rows = marked_windows(simulated_record(index, rng) for index in range(80))
+    features, labels, latents, _, _ = zip(*rows, strict=True)
+    naive = []
+    for vector, is_true, _, _, n in rows:
+        drawn = rng.permutation([1.0] * int(vector[16]) + [0.0] * (n - int(vector[16])))
+        naive.append(vector if is_true else [*drawn, *[0.0] * (16 - n), *vector[16:]])
     # 4800 marked windows: the standard error of an AUROC at .5 is .008
     assert auroc_of_positions(features, labels, latents) == pytest.approx(0.5, abs=0.03)
     # the classifier does see positions: uniformly drawn false marks give themselves away
     assert auroc_of_positions(naive, labels, latents) > 0.6
+
+
+def record_of_all_kinds(index, rng):
+    """A simulated latent whose negatives are of every kind; its neighbour fires anywhere."""
+    kinds, windows = ("random", "similar", "neighbour", "same_token"), []
+    for window in simulated_record(index, rng).windows:
+        n = len(window.tokens)
+        if not window.is_activating:
+            fires = np.where(rng.random(n) < 0.2, rng.uniform(1, 4, n), 0).astype(np.float32)
+            pieces = [" w" if rng.random() < 0.9 else " top" for _ in range(n)]
+            window = dataclasses.replace(
+                window,
+                negative_kind=kinds[window.rank % 4],
+                tokens=VOCABULARY.ids(pieces),
+                other_activations=fires if window.rank % 4 == 2 else None,
+            )
+        windows.append(window)
+    latent = LatentId("sae", "layers.3", index)
+    return make_record(windows, latent=latent, top_tokens=[(" top", 0.9)])
+
+
+def test_only_kinds_with_marks_of_their_own_can_be_told_by_where_their_marks_stand():
+    rng = np.random.default_rng(4)
+    rows = marked_windows(record_of_all_kinds(index, rng) for index in range(80))
+
+    def auroc(*kinds):
+        of_kind = [row[:3] for row in rows if row[3] in (None, *kinds)]
+        return auroc_of_positions(*zip(*of_kind, strict=True))
+
+    # 1200 false marks beside 2400 true ones: the standard error of an AUROC at .5 is .01
+    assert auroc("random", "similar") == pytest.approx(0.5, abs=0.03)
+    # another latent's marks, and a token's, stand where these happen to be
+    assert auroc("neighbour") > 0.6
+    assert auroc("same_token") > 0.6
+
+
+def test_the_marks_of_the_active_variant_cannot_be_told_by_where_they_stand():
+    rng = np.random.default_rng(6)
+    features, labels, latents = [], [], []
+    for index in range(40):
+        record = simulated_record(index, rng)
+        task = dataclasses.replace(OWN, latent=record.latent, explanation_of=index)
+        for prompt in prompts_for("fuzzing", record, task, variants=("active",)):
+            for shown in prompt.windows if prompt.variant == "active" else ():
+                features.append(mark_vector(shown.text))
+                labels.append(shown.is_activating)
+                latents.append(index)
+    assert len(labels) > 500
+    assert auroc_of_positions(features, labels, latents) == pytest.approx(0.5, abs=0.03)
 
 
 def test_false_marks_do_not_all_stand_at_the_same_positions():
@@ -580,6 +704,6 @@ def test_the_prefix_stands_before_the_explanation():
 
 
 def test_every_scorer_is_registered_with_a_version():
-    assert set(LABEL_SCORERS) < set(SCORERS) == {"detection", "fuzzing", "embedding"}
+    assert set(LABEL_SCORERS) < set(SCORERS) == set(ScorersConfig.model_fields)
     assert (SCORERS["detection"], SCORERS["fuzzing"]) == (detection, fuzzing)
     assert all(module.VERSION for module in SCORERS.values())

@@ -11,7 +11,7 @@ from autointerp_dagster.core.config import DetectionConfig
 from autointerp_dagster.core.latent_records import LatentRecord
 from autointerp_dagster.core.llm import Completion, JournalBlock
 from autointerp_dagster.core.prompts import DETECTION_VERSION, detection_prompt
-from autointerp_dagster.core.schemas import MAIN_VARIANT
+from autointerp_dagster.core.schemas import MAIN_VARIANT, Split
 from autointerp_dagster.core.scorers.judging import (
     Prompt,
     ShownWindow,
@@ -29,7 +29,7 @@ from autointerp_dagster.core.scorers.tasks import (
 )
 from autointerp_dagster.core.tokens import Detokenizer
 
-VERSION = f"1.{DETECTION_VERSION}.{highlight.VERSION}"
+VERSION = f"2.{DETECTION_VERSION}.{highlight.VERSION}"
 """Of this module, the prompt and the way windows are shown."""
 
 
@@ -39,16 +39,17 @@ def prompts_of(
     config: DetectionConfig,
     detokenizer: Detokenizer,
     block: JournalBlock,
+    split: Split = "test",
 ) -> list[Prompt]:
-    """Prompts in which every chosen test window appears once; the last group may be shorter.
+    """Prompts in which every chosen window of a split appears once; the last group may be shorter.
 
-    Windows, groups and order do not depend on the task. Without test windows there is no prompt.
+    Windows, groups and order do not depend on the task. Without windows there is no prompt.
 
     Raises:
         ValueError: If record and task name different latents.
     """
     ensure_own_windows(record, task)
-    activating, silent = judged_windows(record, config.n_examples)
+    activating, silent = judged_windows(record, config.n_examples, split)
     shown = [
         ShownWindow(w, highlight.escape("".join(detokenizer.pieces(w.tokens))), w.is_activating)
         for w in (*activating, *silent)

@@ -7,8 +7,8 @@ Source:
     arXiv 2410.13928, section 3.2.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32
@@ -16,33 +16,16 @@ from jaxtyping import Float32
 from autointerp_dagster.core.config import EmbeddingConfig
 from autointerp_dagster.core.latent_records import LatentRecord, Window
 from autointerp_dagster.core.schemas import MAIN_VARIANT
+from autointerp_dagster.core.scorers.planning import Job
 from autointerp_dagster.core.scorers.tasks import (
     ScoringTask,
     Verdict,
     judged_windows,
 )
+from autointerp_dagster.core.scorers.vectors import Embedder, cosines, in_calls, vectors_of
 from autointerp_dagster.core.tokens import Detokenizer
 
-VERSION = "1"
-
-
-@runtime_checkable
-class Embedder(Protocol):
-    """A sentence embedder."""
-
-    @property
-    def identity(self) -> str:
-        """Hash of its weights, or its name and revision."""
-        ...
-
-    @property
-    def query_prefix(self) -> str:
-        """Put before an explanation; empty for embedders without instructions."""
-        ...
-
-    def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "text dim"]:
-        """One vector per text, in order, of any length; depends on the texts of the call alone."""
-        ...
+VERSION = "2"
 
 
 class EmbeddingInputs(NamedTuple):
@@ -52,6 +35,36 @@ class EmbeddingInputs(NamedTuple):
     """Activating windows by rank, then the others by rank."""
     texts: tuple[str, ...]
     """Their plain text, one each: neither escaped nor marked."""
+
+
+def verdicts(
+    jobs: Iterable[Job],
+    config: EmbeddingConfig,
+    detokenizer: Detokenizer,
+    embedder: Embedder,
+) -> Iterator[Verdict]:
+    """Every verdict, in the order of the jobs: one per test window and explanation.
+
+    Windows and explanations of a few latents are embedded by one call, each distinct text once.
+    Jobs are drawn lazily.
+    """
+    for group in in_calls(jobs):
+        inputs = [embedding_inputs(job.record, config, detokenizer) for job in group]
+        queries = [
+            query_text(task, embedder.query_prefix)
+            for job, shown in zip(group, inputs, strict=True)
+            for task in job.tasks
+            if shown.windows
+        ]
+        texts = [text for shown in inputs for text in shown.texts]
+        vector_of = vectors_of(embedder, [*queries, *texts])
+        for job, shown in zip(group, inputs, strict=True):
+            if not shown.windows:
+                continue
+            window_vectors = np.stack([vector_of[text] for text in shown.texts])
+            for task in job.tasks:
+                query = vector_of[query_text(task, embedder.query_prefix)]
+                yield from verdicts_of(task, shown.windows, query, window_vectors)
 
 
 def embedding_inputs(
@@ -88,19 +101,11 @@ def verdicts_of(
             f"{task.latent}: {len(windows)} windows, {len(window_vectors)} vectors. Embed the "
             "texts of the same inputs."
         )
-    cosines = _cosines(query_vector.astype(np.float64), window_vectors.astype(np.float64))
+    found = cosines(query_vector, window_vectors)
     return [
         _verdict(task, window, None if np.isnan(cosine) else float(cosine))
-        for window, cosine in zip(windows, cosines, strict=True)
+        for window, cosine in zip(windows, found, strict=True)
     ]
-
-
-def _cosines(query: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """NaN where either vector has no direction."""
-    with np.errstate(all="ignore"):
-        lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(query)
-        cosines = np.einsum("wd,d->w", vectors, query) / lengths
-    return np.where(np.isfinite(cosines), np.clip(cosines, -1, 1), np.nan)
 
 
 def _verdict(task: ScoringTask, window: Window, cosine: float | None) -> Verdict:

@@ -1,13 +1,21 @@
 """Fuzzing: does the explanation tell apart true marks and false marks?
 
-Activating windows are marked by the rule of ``core.highlight``. False marks must not be told from
-true ones by where they stand, so they are copied:
+Activating windows are marked by the rule of ``core.highlight``. False marks are of the kind of the
+negative:
 
-1. variant ``all``: each silent window gets the marks of an activating test window of the same
-   latent, drawn for it;
-2. variant ``active`` (if asked for): each activating window is shown twice, in different prompts,
+1. ``random`` and ``similar`` windows get the marks of an activating window of the same latent and
+   split, drawn for each, so that they cannot be told from true ones by where they stand;
+2. ``neighbour`` windows are marked by the activations of the neighbour that fires in them, under
+   the same rule;
+3. ``same_token`` windows are marked on every occurrence of the token that the latent fires on most;
+4. variant ``active`` (if asked for): each activating window is shown twice, in different prompts,
    once marked truly and once with as many marks on tokens where the latent is silent. Two windows
    exchange their marks for that, so true and false marks stand at the same positions as often.
+
+A window of kind 2 or 3 in which its rule finds nothing to mark is treated as in 1. Marks of these
+two kinds stand where another latent fires, or the token is, and so may differ from true marks in
+position and number: that is what the judge has to see through, but a judge that knows the usual
+number of marks has a clue. Read their slices apart.
 
 Source:
     arXiv 2410.13928, section 3.2. There, all false marks stand at the same positions.
@@ -27,7 +35,7 @@ from autointerp_dagster.core.latent_records import LatentRecord, Window
 from autointerp_dagster.core.llm import Completion, JournalBlock
 from autointerp_dagster.core.prompts import FUZZING_VERSION, fuzzing_prompt
 from autointerp_dagster.core.rng import hash_priority
-from autointerp_dagster.core.schemas import MAIN_VARIANT
+from autointerp_dagster.core.schemas import MAIN_VARIANT, Split
 from autointerp_dagster.core.scorers.judging import (
     Prompt,
     ShownWindow,
@@ -38,6 +46,7 @@ from autointerp_dagster.core.scorers.judging import (
     label_verdicts,
     shuffled,
 )
+from autointerp_dagster.core.scorers.marks import copied_marks
 from autointerp_dagster.core.scorers.tasks import (
     ScoringTask,
     Verdict,
@@ -46,7 +55,7 @@ from autointerp_dagster.core.scorers.tasks import (
 from autointerp_dagster.core.tokens import Detokenizer
 from autointerp_dagster.core.types import LatentId
 
-VERSION = f"1.{FUZZING_VERSION}.{highlight.VERSION}"
+VERSION = f"2.{FUZZING_VERSION}.{highlight.VERSION}"
 """Of this module, the prompt and the way windows are shown."""
 
 ACTIVE_VARIANT = "active"
@@ -66,23 +75,26 @@ def prompts_of(
     config: FuzzingConfig,
     detokenizer: Detokenizer,
     block: JournalBlock,
+    split: Split = "test",
 ) -> list[Prompt]:
-    """Prompts in which every chosen test window appears once, in variant ``active`` twice or never.
+    """Prompts with every chosen window of a split once, in variant ``active`` twice or never.
 
-    Windows, marks, groups and order do not depend on the task. Without activating test windows
+    Windows, marks, groups and order do not depend on the task. Without activating windows
     there are no marks to copy, and no prompt.
 
     Raises:
-        ValueError: If record and task name different latents, or a window's kind has no rule for
-            false marks.
+        ValueError: If record and task name different latents, or a window of kind ``neighbour``
+            has no ``other_activations``.
     """
     ensure_own_windows(record, task)
-    activating, silent = judged_windows(record, config.n_examples)
+    activating, silent = judged_windows(record, config.n_examples, split)
     if not activating:
         return []
     marked = [_mark_truly(window, detokenizer) for window in activating]
     key = draw_key(record.latent, config.seed, "fuzzing-marks")
-    falsely = [_mark_falsely(w, [m.marks for m in marked], key, detokenizer) for w in silent]
+    donors = [m.marks for m in marked]
+    top_token = next(iter(record.top_tokens), None)
+    falsely = [_mark_falsely(w, top_token, donors, key, detokenizer) for w in silent]
     shuffle_key = draw_key(record.latent, config.seed, "fuzzing-shuffle")
     order = shuffled([*map(_shown_truly, marked), *falsely], shuffle_key)
     groups = in_groups(order, config.windows_per_prompt)
@@ -102,29 +114,6 @@ def verdicts_of(task: ScoringTask, prompt: Prompt, completion: Completion) -> li
     one for each value, both with its quantile and without a ``negative_kind``.
     """
     return label_verdicts(task, prompt, completion)
-
-
-def copied_marks(marks: Bool[np.ndarray, " _"], n_positions: int) -> Bool[np.ndarray, " position"]:
-    """The marks of one window put on another: same positions, same run lengths, same number.
-
-    Where the other window is shorter the pattern moves left as far as it must and can; marks that
-    still stand beyond the end take the last free positions. A window with fewer positions than
-    there are marks is marked all over.
-
-    Args:
-        marks: Of the window copied from.
-        n_positions: Visible tokens of the window to be marked.
-    """
-    places = np.flatnonzero(marks)
-    if places.size == 0 or places.size >= n_positions:
-        return np.full(n_positions, places.size > 0)
-    places = places - min(max(int(places[-1]) - (n_positions - 1), 0), int(places[0]))
-    copied = np.zeros(n_positions, dtype=np.bool_)
-    copied[places[places < n_positions]] = True
-    n_lost = int((places >= n_positions).sum())
-    if n_lost:
-        copied[np.flatnonzero(~copied)[-n_lost:]] = True
-    return copied
 
 
 def exchange_partners(
@@ -170,19 +159,34 @@ def _shown_truly(marked: _Marked) -> ShownWindow:
 
 def _mark_falsely(
     window: Window,
+    top_token: int | None,
     donors: Sequence[Bool[np.ndarray, " _"]],
     key: int,
     detokenizer: Detokenizer,
 ) -> ShownWindow:
-    if window.negative_kind not in ("random", "similar"):
-        raise ValueError(
-            f"fuzzing: window {window.window_id} is of kind {window.negative_kind!r}, wanted "
-            "'random' or 'similar'. Other kinds need marks of their own."
-        )
-    pieces, _ = highlight.visible_tokens(detokenizer.pieces(window.tokens), window.activations)
-    priority = int(hash_priority(key, np.array([window.window_id], dtype=np.uint64))[0])
-    marks = copied_marks(donors[priority % len(donors)], len(pieces))
+    """A silent window, marked by the rule of its kind; by copied marks where that marks nothing."""
+    reason = _reason_to_mark(window, top_token)
+    pieces, reason = highlight.visible_tokens(detokenizer.pieces(window.tokens), reason)
+    marks = highlight.marks_of(reason)
+    if not marks.any():
+        priority = int(hash_priority(key, np.array([window.window_id], dtype=np.uint64))[0])
+        marks = copied_marks(donors[priority % len(donors)], len(pieces))
     return ShownWindow(window, highlight.mark_text(pieces, marks), is_activating=False)
+
+
+def _reason_to_mark(window: Window, top_token: int | None) -> Float32[np.ndarray, " position"]:
+    """What the false marks show, one per token; all 0 for a window that gets copied marks."""
+    if window.negative_kind == "neighbour":
+        if window.other_activations is None:
+            raise ValueError(
+                f"fuzzing: window {window.window_id} is of kind 'neighbour', got no "
+                "other_activations, wanted those of the neighbour that fires in it. Read the "
+                "records with their neighbours' activations."
+            )
+        return window.other_activations
+    if window.negative_kind == "same_token" and top_token is not None:
+        return (window.tokens == top_token).astype(np.float32)
+    return np.zeros(len(window.tokens), dtype=np.float32)
 
 
 def _active_groups(

@@ -52,6 +52,8 @@ class Prompt:
     windows: tuple[ShownWindow, ...]
     """In the order of the labels asked for."""
     variant: str
+    turn: int
+    """Place in the order in which the prompts of its latent and variant are asked, from 0."""
 
 
 @runtime_checkable
@@ -123,7 +125,7 @@ def label_prompts(
     """One prompt per group, in order; all of a latent's under one explanation form a unit."""
     explanation = highlight.shown_explanation(task.text)
     prompts = []
-    for group in groups:
+    for turn, group in enumerate(groups):
         chat = build(explanation, [shown.text for shown in group], config.windows_per_prompt)
         request = Request(
             messages=chat.messages,
@@ -134,7 +136,7 @@ def label_prompts(
             max_tokens=_max_tokens(len(group)),
             top_logprobs=config.top_logprobs,
         )
-        prompts.append(Prompt(request, tuple(group), variant))
+        prompts.append(Prompt(request, tuple(group), variant, turn))
     return prompts
 
 
@@ -152,14 +154,14 @@ def label_verdicts(task: ScoringTask, prompt: Prompt, completion: Completion) ->
         reason = reason or ("call_failed" if completion.text is None else "unparsable")
         readings = [None] * len(prompt.windows)
     return [
-        _verdict(task, prompt.variant, shown, reading, reason, completion.call_id)
+        _verdict(task, prompt, shown, reading, reason, completion.call_id)
         for shown, reading in zip(prompt.windows, readings, strict=True)
     ]
 
 
 def _verdict(
     task: ScoringTask,
-    variant: str,
+    prompt: Prompt,
     shown: ShownWindow,
     reading: LabelReading | None,
     reason: VerdictReason | None,
@@ -170,7 +172,7 @@ def _verdict(
         latent=task.latent,
         explainer=task.explainer,
         subject=task.subject,
-        variant=variant,
+        variant=prompt.variant,
         window_id=shown.window.window_id,
         explanation_of=task.explanation_of,
         is_activating=shown.is_activating,
@@ -182,6 +184,7 @@ def _verdict(
         status="failed" if reading is None else "ok",
         reason=reason,
         call_id=call_id,
+        turn=prompt.turn,
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import polars as pl
 
@@ -10,6 +10,7 @@ from autointerp_dagster.core.latent_records import LatentRecord, Window
 from autointerp_dagster.core.schemas import (
     VERDICTS,
     NegativeKind,
+    Split,
     Subject,
     VerdictReason,
     VerdictStatus,
@@ -90,6 +91,12 @@ class Verdict:
     """Null if ``status`` is ``ok``."""
     call_id: str | None
     """Null where no language model was asked."""
+    turn: int | None = None
+    """Place of the prompt in the order in which its latent's are asked; null without one."""
+    predicted: tuple[float, ...] | None = None
+    """Simulation alone: displayed activation, 0..10, of each visible token."""
+    actual: tuple[float, ...] | None = None
+    """Simulation alone: what it is."""
 
     def __post_init__(self) -> None:
         if (self.reason is None) != (self.status == "ok"):
@@ -117,16 +124,24 @@ def verdicts_frame(verdicts: Iterable[Verdict]) -> pl.DataFrame:
 
 
 def judged_windows(
-    record: LatentRecord, n_examples: int | None
+    record: LatentRecord, n_examples: int | None, split: Split = "test"
 ) -> tuple[tuple[Window, ...], tuple[Window, ...]]:
-    """The activating and the non-activating test windows that a judge sees, each by rank.
+    """The activating and the non-activating windows that a judge sees, each by rank.
+
+    A window that was drawn as two kinds of negative is seen once, as the kind that stands first in
+    ``NegativeKind``: a verdict's key does not name the kind, and so ``random`` stays a random draw.
 
     Args:
         record: The latent.
         n_examples: At most so many of each class; null: all.
+        split: Whose windows; ``select`` to choose between explanations.
     """
-    activating = sorted(record.activating("test"), key=lambda w: (w.rank, w.window_id))
-    silent = sorted(record.non_activating("test"), key=lambda w: (w.rank, w.window_id))
+    activating = sorted(record.activating(split), key=lambda w: (w.rank, w.window_id))
+    kinds = get_args(NegativeKind)
+    silent = {}
+    for window in sorted(record.non_activating(split), key=lambda w: kinds.index(w.negative_kind)):
+        silent.setdefault(window.window_id, window)
+    silent = sorted(silent.values(), key=lambda w: (w.rank, w.window_id))
     return tuple(activating[:n_examples]), tuple(silent[:n_examples])
 
 
