@@ -19,6 +19,12 @@ from scipy import stats
 from sklearn import metrics as oracle
 
 from autointerp_dagster.core.config import MetricsConfig
+from autointerp_dagster.core.config.scoring import (
+    DetectionConfig,
+    EmbeddingConfig,
+    FuzzingConfig,
+    ScorerConfig,
+)
 from autointerp_dagster.core.metrics import HEADLINE, latent_metrics_of
 from autointerp_dagster.core.schemas import METRIC_STATUSES, VERDICTS
 from autointerp_dagster.core.types import LayerKey
@@ -34,7 +40,7 @@ def measure(
         make_selection(latents, floors),
         make_explanations(latents),
         {"detection": make_verdicts(rows)},
-        ["detection"],
+        {"detection": DetectionConfig()},
         CONFIG,
     )
 
@@ -220,7 +226,7 @@ def test_a_scorer_that_only_ranks_has_only_an_auroc() -> None:
         make_selection([0]),
         make_explanations([0]),
         {"embedding": make_verdicts(rows)},
-        ["embedding"],
+        {"embedding": EmbeddingConfig()},
         CONFIG,
     )
     # Pairs (.5, .1), (.5, 0), (.1, .1) half, (.1, 0): 3.5 of 4.
@@ -238,7 +244,7 @@ def test_nothing_vanishes_and_every_absence_has_its_reason() -> None:
         make_selection([0, 1, 2, 3], floors=[0, 1, 3]),
         make_explanations([0, 1, 2, 3], failed=[1]),
         {"detection": make_verdicts(verdicts), "fuzzing": None},
-        ["detection", "fuzzing"],
+        {"detection": DetectionConfig(), "fuzzing": FuzzingConfig()},
         CONFIG,
     )
     headline = frame.filter(
@@ -280,7 +286,7 @@ def measure_range(verdicts: pl.DataFrame, latents: list[int]) -> pl.DataFrame:
         make_selection(latents),
         make_explanations(latents, explainers=("default", "top_tokens")),
         {"detection": verdicts.filter(pl.col("latent").is_in(latents))},
-        ["detection"],
+        {"detection": DetectionConfig()},
         CONFIG,
     )
 
@@ -315,7 +321,7 @@ def test_empty_tables_give_an_empty_table() -> None:
         make_selection([]),
         make_explanations([]),
         {"detection": VERDICTS.empty()},
-        list(HEADLINE),
+        dict.fromkeys(HEADLINE, ScorerConfig()),
         CONFIG,
     )
     assert frame.is_empty()
@@ -333,7 +339,9 @@ def test_a_score_that_is_not_a_number_is_refused() -> None:
 
 def test_an_unknown_scorer_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="fuzing"):
-        latent_metrics_of(LAYER, make_selection([]), make_explanations([]), {}, ["fuzing"], CONFIG)
+        latent_metrics_of(
+            LAYER, make_selection([]), make_explanations([]), {}, {"fuzing": ScorerConfig()}, CONFIG
+        )
 
 
 def test_verdicts_of_another_layer_or_cell_are_refused() -> None:
@@ -341,9 +349,19 @@ def test_verdicts_of_another_layer_or_cell_are_refused() -> None:
     selection, explanations = make_selection([0]), make_explanations([0])
     with pytest.raises(ValueError, match="another layer"):
         latent_metrics_of(
-            LayerKey("sae", "layers.10"), selection, explanations, verdicts, ["detection"], CONFIG
+            LayerKey("sae", "layers.10"),
+            selection,
+            explanations,
+            verdicts,
+            {"detection": DetectionConfig()},
+            CONFIG,
         )
     with pytest.raises(ValueError, match="not in the selection"):
         latent_metrics_of(
-            LAYER, make_selection([1]), make_explanations([1]), verdicts, ["detection"], CONFIG
+            LAYER,
+            make_selection([1]),
+            make_explanations([1]),
+            verdicts,
+            {"detection": DetectionConfig()},
+            CONFIG,
         )

@@ -47,7 +47,7 @@ class Estimate(NamedTuple):
     """One metric of every group; NaN where there is no value, and ``status`` says why."""
 
     value: Float64[np.ndarray, " group"]
-    """In [0, 1]."""
+    """Of proportions in [0, 1]."""
     interval: Interval
     """Two-sided."""
     n: Float64[np.ndarray, " group"]
@@ -70,7 +70,7 @@ def prediction_estimates(verdicts: Verdicts, confidence: float) -> dict[str, Est
         F*: Hand, Christen and Kirielle, Machine Learning 110 (2021).
     """
     answered = verdicts.is_predicted
-    answers = _answers(verdicts, answered)
+    answers = answers_of(verdicts, answered)
     said, truth = verdicts.prediction[answered], answers.is_activating
     n_activating, n_silent = answers.count(truth), answers.count(~truth)
     everywhere = np.ones(len(truth), dtype=bool)
@@ -89,7 +89,7 @@ def prediction_estimates(verdicts: Verdicts, confidence: float) -> dict[str, Est
     }
     both = (n_activating > 0) & (n_silent > 0)
     return {
-        name: _finished(part, verdicts, name, has.get(name, both), n_activating + n_silent)
+        name: finished(part, verdicts, name, has.get(name, both), n_activating + n_silent)
         for name, part in parts.items()
     }
 
@@ -97,7 +97,7 @@ def prediction_estimates(verdicts: Verdicts, confidence: float) -> dict[str, Est
 def auroc_estimate(verdicts: Verdicts, confidence: float) -> Estimate:
     """Area under the ROC curve of every group, over the verdicts that have a score."""
     scored = ~np.isnan(verdicts.score)
-    answers = _answers(verdicts, scored)
+    answers = answers_of(verdicts, scored)
     truth = answers.is_activating
     n_activating, n_silent = answers.count(truth), answers.count(~truth)
     ranking = ranking_of(answers, verdicts.score[scored])
@@ -105,19 +105,25 @@ def auroc_estimate(verdicts: Verdicts, confidence: float) -> Estimate:
     interval = auroc_interval(ranking.auroc, n_activating * share, n_silent * share, confidence)
     n = n_activating + n_silent
     both = (n_activating > 0) & (n_silent > 0)
-    estimate = _finished(_Part(ranking.auroc, interval, n), verdicts, "auroc", both, n)
+    estimate = finished(Part(ranking.auroc, interval, n), verdicts, "auroc", both, n)
     total = np.bincount(verdicts.group[~verdicts.is_failed], minlength=verdicts.n_groups)
     status = np.where((n == 0) & (total > 0), "no_score", estimate.status)
     return estimate._replace(status=status)
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
+    """An estimate before it is known which groups have what it needs."""
+
     value: Float64[np.ndarray, " group"]
+    """NaN where it is undefined."""
     interval: Interval
+    """Two-sided."""
     n: Float64[np.ndarray, " group"]
+    """Answers behind it."""
 
 
-def _answers(verdicts: Verdicts, which: Bool[np.ndarray, " window"]) -> Answers:
+def answers_of(verdicts: Verdicts, which: Bool[np.ndarray, " window"]) -> Answers:
+    """The verdicts in ``which``, in their order."""
     every = Answers(verdicts.group, verdicts.prompt, verdicts.is_activating, verdicts.n_groups)
     return every.among(which)
 
@@ -127,12 +133,12 @@ def _proportion(
     hit: Bool[np.ndarray, " window"],
     among: Bool[np.ndarray, " window"],
     confidence: float,
-) -> _Part:
+) -> Part:
     """Share of ``hit`` among the windows ``among``, with Wilson's interval over prompts."""
     inside = answers.among(among)
     value = ratio(answers.count(hit & among), answers.count(among))
     prompts = _prompts(inside, hit[among], value)
-    return _Part(value, wilson(value, prompts.n * prompts.share(confidence), confidence), prompts.n)
+    return Part(value, wilson(value, prompts.n * prompts.share(confidence), confidence), prompts.n)
 
 
 def _prompts(
@@ -142,15 +148,15 @@ def _prompts(
     return prompts_of(answers, (hit - value[answers.group]) / n[answers.group])
 
 
-def _f1(hits: _Part, answers: Answers) -> _Part:
+def _f1(hits: Part, answers: Answers) -> Part:
     lo, hi = (2 * limit / (1 + limit) for limit in hits.interval)
     n = answers.count(np.ones(len(answers.group), dtype=bool))
-    return _Part(2 * hits.value / (1 + hits.value), Interval(lo, hi), n)
+    return Part(2 * hits.value / (1 + hits.value), Interval(lo, hi), n)
 
 
 def _balanced_accuracy(
-    answers: Answers, said: Bool[np.ndarray, " window"], pooled: _Part, confidence: float
-) -> _Part:
+    answers: Answers, said: Bool[np.ndarray, " window"], pooled: Part, confidence: float
+) -> Part:
     """Mean of sensitivity and specificity.
 
     With as many answers of each class it is the share of right answers, whose Wilson interval it
@@ -173,17 +179,25 @@ def _balanced_accuracy(
     lo, hi = (
         np.where(is_even, even, uneven) for even, uneven in zip(pooled.interval, mover, strict=True)
     )
-    return _Part((rates[0] + rates[1]) / 2, Interval(lo, hi), pooled.n)
+    return Part((rates[0] + rates[1]) / 2, Interval(lo, hi), pooled.n)
 
 
-def _finished(
-    part: _Part,
+def finished(
+    part: Part,
     verdicts: Verdicts,
     metric: str,
     has_classes: Bool[np.ndarray, " group"],
     n_answered: Float64[np.ndarray, " group"],
 ) -> Estimate:
-    """The estimate with nulls where a class is missing, and the reason for every null."""
+    """The estimate with nulls where a class is missing, and the reason for every null.
+
+    Args:
+        part: The estimate.
+        verdicts: All it could rest on, failed ones included.
+        metric: Its name; ``sensitivity`` and ``specificity`` concern one class only.
+        has_classes: Where the classes that it needs were answered.
+        n_answered: Answered verdicts of both classes.
+    """
     concerned = np.ones(len(verdicts.group), dtype=bool)
     if metric == "sensitivity":
         concerned = verdicts.is_activating

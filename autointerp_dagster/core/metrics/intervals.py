@@ -124,6 +124,37 @@ def mover_mean(
     return Interval(np.clip(mean - below, 0, 1), np.clip(mean + above, 0, 1))
 
 
+def ratio_interval(
+    first: Float64[np.ndarray, " group"],
+    first_interval: Interval,
+    second: Float64[np.ndarray, " group"],
+    second_interval: Interval,
+) -> Interval:
+    """Interval of ``first / second`` from the intervals of two estimates, both >= 0.
+
+    Args:
+        first: Numerator; NaN gives NaN.
+        first_interval: Its limits, >= 0.
+        second: Denominator.
+        second_interval: Its limits, >= 0; a lower one of 0 gives an upper limit of infinity.
+
+    Source:
+        MOVER-R: Donner and Zou, Statistics in Medicine 31 (2012), equation 9, with each root
+        written so that nothing cancels and a denominator of 0 has its limit.
+    """
+    product = first * second
+    (a, b), (c, d) = first_interval, second_interval
+    with np.errstate(divide="ignore", invalid="ignore"):
+        near, far = a * (2 * first - a), b * (2 * first - b)
+        root = np.sqrt(np.maximum(product**2 - near * d * (2 * second - d), 0))
+        lo = np.where(near == 0, 0.0, near / (product + root))
+        spread = c * (2 * second - c)
+        root = np.sqrt(np.maximum(product**2 - far * spread, 0))
+        hi = np.where(spread > 0, (product + root) / spread, np.inf)
+    unknown = np.isnan(product)
+    return Interval(np.where(unknown, np.nan, lo), np.where(unknown, np.nan, hi))
+
+
 def auroc_variance(
     auroc: Float64[np.ndarray, " group"],
     n_activating: Float64[np.ndarray, " group"],

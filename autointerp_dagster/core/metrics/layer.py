@@ -10,8 +10,9 @@ import polars as pl
 from jaxtyping import Float64
 
 from autointerp_dagster.core.config import MetricsConfig
+from autointerp_dagster.core.metrics.families import FAMILIES
 from autointerp_dagster.core.metrics.intervals import benjamini_hochberg, p_above, wilson
-from autointerp_dagster.core.metrics.latent import HEADLINE, P_AGAINST_OTHER
+from autointerp_dagster.core.metrics.latent import P_AGAINST
 from autointerp_dagster.core.metrics.resampling import (
     bootstrap_means,
     bootstrap_medians,
@@ -36,16 +37,19 @@ def layer_metrics_of(
     ``q25`` and ``q75`` (no interval). ``n`` counts latents with a value, ``n_failed`` those with a
     row and no value; if no latent has a value the row has the commonest reason.
 
-    ``lift_over_other`` (subject ``own``): mean over floor latents of own minus other, paired.
-    ``share_interpretable`` (the scorer's headline metric, subject ``own``): share of latents with a
-    value whose true value is above ``interpretable_cut``, at ``false_discovery_rate`` among the
-    latents of this layer, explainer and scorer (one-sided :func:`.intervals.p_above`,
-    Benjamini-Hochberg); its interval is Wilson's over latents.
+    ``lift_over_other`` (subject ``own``): mean over floor latents of own minus other, paired; so
+    ``lift_over_random`` where there is such a subject. ``lift_over_chance``: the mean minus the
+    value of guessing, for the headline metric of a scorer without explanations, which has no floor.
+    ``share_interpretable`` (balanced accuracy or AUROC of an explanation, where it is the headline,
+    subject ``own``): share of latents with a value whose true value is above
+    ``interpretable_cut``, at ``false_discovery_rate`` among the latents of this layer, explainer
+    and scorer (one-sided :func:`.intervals.p_above`, Benjamini-Hochberg); its interval is Wilson's
+    over latents.
 
     ``count`` (metric ``latents``): latents by variant ``all``, ``alive``, ``ok``, ``dead``,
     ``rare``, ``dense`` (scorer, explainer null), and ``explained`` and ``not_explained`` of those
-    selected, per explainer and with explainer null ("by any" and "by none"). ``n`` is the number
-    counted among.
+    that a scorer was asked about, per explainer and with explainer null ("by any" and "by none").
+    ``n`` is the number counted among.
 
     Args:
         layer: Whose tables they are.
@@ -64,10 +68,11 @@ def layer_metrics_of(
     for name, frame in {"latents": latents, "latent_metrics": latent_metrics}.items():
         if not frame.select(is_here.all()).item():
             raise ValueError(f"layer_metrics of {layer}: {name} has rows of another layer.")
-    metrics = latent_metrics.filter(pl.col("metric") != P_AGAINST_OTHER)
+    metrics = latent_metrics.filter(~pl.col("metric").is_in(list(P_AGAINST.values())))
     parts = [
         _distributions(layer, metrics, config),
-        _lifts(layer, metrics, config),
+        *(_lifts(layer, metrics, floor, config) for floor in P_AGAINST),
+        _lifts_over_chance(layer, metrics, config),
         _interpretable(metrics, config),
         _latent_counts(latents),
         _explained_counts(latent_metrics),
@@ -156,41 +161,70 @@ def _reasons(metrics: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _lifts(layer: LayerKey, metrics: pl.DataFrame, config: MetricsConfig) -> pl.DataFrame:
-    pairs = paired_subjects(metrics, ["latent", "explainer", "scorer", "variant", "metric"])
+def _lifts(
+    layer: LayerKey, metrics: pl.DataFrame, floor: str, config: MetricsConfig
+) -> pl.DataFrame:
+    pairs = paired_subjects(metrics, ["latent", "explainer", "scorer", "variant", "metric"], floor)
     names = ["explainer", "scorer", "variant", "metric"]
     matrix = _matrix(pairs, "difference", names)
     rows = []
+    purpose = "layer-lift" if floor == "other" else f"layer-lift-{floor}"
     for key, column in zip(matrix.names.iter_rows(named=True), matrix.values.T, strict=True):
-        known = column[~np.isnan(column)]
         # Unlike above each group draws for itself: few latents are floors, and which of them have
         # a pair may differ between scorers.
-        rng = _generator(config, layer, "layer-lift", *key.values())
-        means = bootstrap_means(known[:, None], config.n_bootstrap, rng)[:, 0]
-        lo, hi = percentile_interval(means, config.confidence)
+        rng = _generator(config, layer, purpose, *key.values())
         group = (key["explainer"], key["scorer"], "own", key["variant"], key["metric"])
-        rows.append((*group, "lift_over_other", float(known.mean()), lo, hi, len(known)))
+        rows.append((*group, f"lift_over_{floor}", *_mean_of(column, config, rng)))
     return _table(rows).with_columns(status=pl.lit("ok"), n_failed=pl.lit(0))
+
+
+def _lifts_over_chance(
+    layer: LayerKey, metrics: pl.DataFrame, config: MetricsConfig
+) -> pl.DataFrame:
+    """Of scorers that ask about no explanation; guessing stands in for their floor."""
+    rows = []
+    for scorer, family in FAMILIES.items():
+        if family.needs_explanation:
+            continue
+        is_headline = (pl.col("scorer") == scorer) & (pl.col("metric") == family.headline)
+        here = metrics.filter(is_headline).sort("latent").drop_nulls("value")
+        for variant in here["variant"].unique().sort():
+            values = here.filter(pl.col("variant") == variant)["value"].to_numpy()
+            rng = _generator(config, layer, "layer-lift-chance", scorer, variant)
+            group = (None, scorer, "own", variant, family.headline, "lift_over_chance")
+            rows.append((*group, *_mean_of(values - family.chance, config, rng)))
+    return _table(rows).with_columns(status=pl.lit("ok"), n_failed=pl.lit(0))
+
+
+def _mean_of(
+    column: Float64[np.ndarray, " latent"], config: MetricsConfig, rng: np.random.Generator
+) -> tuple[float, float, float, int]:
+    """Mean, limits and count of the latents that have a value."""
+    known = column[~np.isnan(column)]
+    means = bootstrap_means(known[:, None], config.n_bootstrap, rng)[:, 0]
+    lo, hi = percentile_interval(means, config.confidence)
+    return float(known.mean()), lo, hi, len(known)
 
 
 def _generator(config: MetricsConfig, layer: LayerKey, *address: str | None) -> np.random.Generator:
     return latent_rng(config.seed, layer, None, "\0".join(map(str, address)))
 
 
-def paired_subjects(metrics: pl.DataFrame, on: list[str]) -> pl.DataFrame:
-    """Latents with a value of their own and one under another's explanation, paired.
+def paired_subjects(metrics: pl.DataFrame, on: list[str], floor: str = "other") -> pl.DataFrame:
+    """Latents with a value of their own and one of a floor, paired.
 
     Args:
         metrics: ``LATENT_METRICS`` rows.
         on: Columns that a pair shares.
+        floor: The other subject: ``other`` or ``random``.
 
     Returns:
-        ``on``, and ``difference``: own minus other.
+        ``on``, and ``difference``: own minus floor.
     """
     known = metrics.drop_nulls("value")
     own, other = (
         known.filter(pl.col("subject") == subject).select(*on, "value")
-        for subject in ("own", "other")
+        for subject in ("own", floor)
     )
     pairs = own.join(other, on=on, suffix="_other", nulls_equal=True)
     return pairs.select(*on, difference=pl.col("value") - pl.col("value_other"))
@@ -198,7 +232,10 @@ def paired_subjects(metrics: pl.DataFrame, on: list[str]) -> pl.DataFrame:
 
 def _interpretable(metrics: pl.DataFrame, config: MetricsConfig) -> pl.DataFrame:
     rows = []
-    for scorer, metric in HEADLINE.items():
+    for scorer, family in FAMILIES.items():
+        if not family.has_cut:
+            continue
+        metric = family.headline
         main = metrics.filter(
             (pl.col("scorer") == scorer)
             & (pl.col("metric") == metric)
@@ -227,6 +264,7 @@ def _latent_counts(latents: pl.DataFrame) -> pl.DataFrame:
 
 def _explained_counts(latent_metrics: pl.DataFrame) -> pl.DataFrame:
     is_explained = (pl.col("status") != "no_explanation").any()
+    latent_metrics = latent_metrics.drop_nulls("explainer")
     pairs = latent_metrics.group_by("explainer", "latent").agg(is_explained=is_explained)
     anyone = latent_metrics.group_by("latent").agg(is_explained=is_explained)
     rows = []

@@ -58,7 +58,7 @@ def bootstrap_means(
     step = max(1, _BLOCK // n_latents)
     for start in range(0, n_bootstrap, step):
         size = min(step, n_bootstrap - start)
-        times = _times_drawn(n_latents, size, rng)
+        times = times_drawn(n_latents, size, rng)
         totals, counts = times @ filled, times @ known
         # Matrix products round differently from machine to machine; tables should not.
         means = np.round(totals / np.maximum(counts, 1), 12)
@@ -66,9 +66,10 @@ def bootstrap_means(
     return np.concatenate(blocks)
 
 
-def _times_drawn(
+def times_drawn(
     n_latents: int, size: int, rng: np.random.Generator
 ) -> Float64[np.ndarray, "replicate latent"]:
+    """How often each of ``n_latents`` is in each of ``size`` resamples of as many."""
     drawn = rng.integers(0, n_latents, (size, n_latents))
     drawn += np.arange(size)[:, None] * n_latents
     counts = np.bincount(drawn.ravel(), minlength=size * n_latents)

@@ -1,8 +1,9 @@
 """The slices of a latent's windows that metrics are read on, as copies of the verdicts' rows.
 
 ``all``: every window. ``quantile=3``: the activating windows of that quantile against all the
-non-activating ones. ``negatives=random``: all the activating windows against that kind. A further
-variant of the scorer (e.g. ``active``) stays apart, under its own name.
+non-activating ones (those judged for that quantile, where a scorer judges them for one).
+``negatives=random``: all the activating windows against that kind. A further variant of the scorer
+(e.g. ``active``) stays apart, under its own name.
 """
 
 import polars as pl
@@ -31,11 +32,15 @@ def sliced(verdicts: pl.DataFrame) -> pl.DataFrame:
     silent = main.filter(~pl.col("is_activating")).with_columns(
         variant="negatives=" + pl.col("negative_kind")
     )
+    is_for_another = (
+        (~pl.col("is_activating"))
+        & (pl.col("variant") != "quantile=" + pl.col("quantile").cast(pl.String))
+    ).fill_null(value=False)
     return pl.concat(
         [
             main,
             further,
-            _with_other_class(activating.drop_nulls("variant"), main),
+            _with_other_class(activating.drop_nulls("variant"), main).filter(~is_for_another),
             _with_other_class(silent.drop_nulls("variant"), main),
         ]
     )
