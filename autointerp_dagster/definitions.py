@@ -12,12 +12,18 @@ import dagster as dg
 from autointerp_dagster.assets.activation_cache import build_activation_cache
 from autointerp_dagster.assets.corpus import build_corpus
 from autointerp_dagster.assets.explanations import build_explanations
+from autointerp_dagster.assets.interventions import build_interventions
 from autointerp_dagster.assets.latent_metrics import build_latent_metrics
 from autointerp_dagster.assets.latent_records import build_latent_records
 from autointerp_dagster.assets.layer_metrics import build_layer_metrics
 from autointerp_dagster.assets.score_detection import build_score_detection
 from autointerp_dagster.assets.score_embedding import build_score_embedding
+from autointerp_dagster.assets.score_example_embedding import build_score_example_embedding
 from autointerp_dagster.assets.score_fuzzing import build_score_fuzzing
+from autointerp_dagster.assets.score_intervention import build_score_intervention
+from autointerp_dagster.assets.score_intruder import build_score_intruder
+from autointerp_dagster.assets.score_simulation import build_score_simulation
+from autointerp_dagster.assets.score_surprisal import build_score_surprisal
 from autointerp_dagster.assets.sparse_coders import build_sparse_coders
 from autointerp_dagster.assets.study_metrics import build_study_metrics
 from autointerp_dagster.assets.subject_model import build_subject_model
@@ -39,10 +45,16 @@ BUILDERS = {
     "token_dataset": build_token_dataset_asset,
     "activation_cache": build_activation_cache,
     "latent_records": build_latent_records,
+    "interventions": build_interventions,
     "explanations": build_explanations,
     "score_detection": build_score_detection,
     "score_fuzzing": build_score_fuzzing,
+    "score_surprisal": build_score_surprisal,
     "score_embedding": build_score_embedding,
+    "score_simulation": build_score_simulation,
+    "score_intruder": build_score_intruder,
+    "score_example_embedding": build_score_example_embedding,
+    "score_intervention": build_score_intervention,
     "latent_metrics": build_latent_metrics,
     "layer_metrics": build_layer_metrics,
     "study_metrics": build_study_metrics,

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -39,6 +40,9 @@ _DOWNLOADED_FILES = (
     "*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*/config.json", "*/*.safetensors",
 )  # fmt: skip
 
+_FINAL_NORMS = ("norm", "final_layer_norm", "ln_f", "final_norm")
+"""Names that models give the norm before the output head."""
+
 logger = logging.getLogger(__name__)
 _loading = threading.Lock()
 
@@ -46,6 +50,16 @@ _loading = threading.Lock()
 class _Vocabulary(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     detokenizer: HFDetokenizer
+
+
+class Unembedding(NamedTuple):
+    """What turns the last hidden state into logits."""
+
+    weight: Float[Tensor, "token d_in"]
+    norm_weight: Float[Tensor, " d_in"] | None
+    """Scale of the norm before it, per dimension; null for a model without one."""
+    centres: bool
+    """Whether that norm takes the mean off what it is given, as a layer norm does."""
 
 
 class SubjectModel:
@@ -114,6 +128,36 @@ class SubjectModel:
     def hookpoints(self) -> tuple[str, ...]:
         """Every module's path relative to the base model, e.g. ``layers.9.mlp``, outside in."""
         return tuple(name for name, _ in self.base_model.named_modules() if name)
+
+    @torch.no_grad()
+    def unembedding(self) -> Unembedding:
+        """The output head and the scale of the norm before it, in the model's dtype.
+
+        The scale is found by what the norm does to a vector of unit mean square, because models
+        store it in different ways.
+
+        Raises:
+            ModelError: If the model has no output head.
+        """
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise ModelError(f"model {self.folder}: has no output head, wanted a causal model.")
+        weight = head.weight.detach()
+        norm = next((m for m in map(self._part, _FINAL_NORMS) if m is not None), None)
+        if norm is None:
+            return Unembedding(weight, None, centres=False)
+        width = weight.shape[1]
+        ones = torch.ones(width, dtype=weight.dtype, device=self.device)
+        signs = ones.clone()
+        signs[1::2] = -1
+        nothing = norm(torch.zeros_like(ones))
+        scale = (norm(signs) - nothing) * signs
+        return Unembedding(
+            weight, scale, centres=bool((norm(ones) - nothing).abs().max() < 0.1)
+        )
+
+    def _part(self, name: str) -> nn.Module | None:
+        return getattr(self.base_model, name, None)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without BOS. A special token's name in a text is plain text."""

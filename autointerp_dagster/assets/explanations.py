@@ -4,15 +4,16 @@ from collections.abc import Iterator
 
 import dagster as dg
 
-from autointerp_dagster.core.explainers import Explainer, make_explainer
 from autointerp_dagster.partitions import stage_asset
 from autointerp_dagster.resources.coders import Coders
 from autointerp_dagster.resources.explaining import Explaining
 from autointerp_dagster.resources.llms import LLMs
+from autointerp_dagster.resources.metering import Together
 from autointerp_dagster.resources.models import SubjectModels
 from autointerp_dagster.resources.progress import ProgressDisplay
 from autointerp_dagster.resources.store import StoreResource
 from autointerp_dagster.study import Study
+from autointerp_dagster.study.parameters import parts_asked
 
 
 def build_explanations(study: Study) -> dg.AssetsDefinition:
@@ -27,24 +28,24 @@ def build_explanations(study: Study) -> dg.AssetsDefinition:
         llms: LLMs,
         progress: ProgressDisplay,
     ) -> Iterator[dg.MaterializeResult]:
-        explainers: list[Explainer] = [
-            make_explainer(name, config) for name, config in study.explainers.items()
-        ]
+        parts = parts_asked(study, "explanations")
+        subject = models.of(study)
         external = {"sparse_coders": lambda layer: coders.identity(study, layer)}
-        with llms.explainer(context, study, store.of(study)) as llm:
-            asked = {"explainer_llm": llm.identity}
+        with llms.open(context, study, store.of(study), parts) as opened:
+            asked = {part: llm.identity for part, llm in opened.items()}
+            if study.shows_promoted:
+                asked["subject_model"] = subject.identity()
             with store.stage(
                 context, study, "explanations", models=asked, external=external
             ) as stage:
                 explaining = Explaining(
                     stage=stage,
                     study=study,
-                    explainers=explainers,
-                    llm=llm,
+                    llms=opened,
                     coders=coders,
-                    detokenizer=models.of(study).detokenizer,
+                    subject=subject,
                     progress=progress.on(context),
-                    meter=llm,
+                    meter=Together(opened.values()),
                 )
                 explaining.commit_cells()
                 yield from stage.report()

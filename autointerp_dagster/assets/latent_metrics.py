@@ -1,20 +1,24 @@
 """Scores of each latent by each explainer and scorer, with intervals and floors."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import dagster as dg
 import polars as pl
 
-from autointerp_dagster.core.metrics import HEADLINE, latent_metrics_of
+from autointerp_dagster.core.config import LabelScorerConfig, ScorerConfig
+from autointerp_dagster.core.metrics import HEADLINE, class_sizes, latent_metrics_of
 from autointerp_dagster.core.schemas import (
     EXPLANATIONS,
     LATENT_METRICS,
+    LATENTS,
     SELECTION,
     VERDICTS,
+    WINDOWS,
 )
+from autointerp_dagster.core.types import Cell
 from autointerp_dagster.partitions import stage_asset
 from autointerp_dagster.resources.plots import histogram, preview
-from autointerp_dagster.resources.store import Commit, StoreResource
+from autointerp_dagster.resources.store import Commit, StageRun, StoreResource
 from autointerp_dagster.study import Study
 
 
@@ -27,17 +31,7 @@ def build_latent_metrics(study: Study) -> dg.AssetsDefinition:
     ) -> Iterator[dg.MaterializeResult]:
         with store.stage(context, study, "latent_metrics") as stage:
             for cell in stage.pending_cells():
-                metrics = latent_metrics_of(
-                    cell.layer,
-                    stage.table("explanations", cell, SELECTION.name),
-                    stage.tables("explanations", cell, EXPLANATIONS),
-                    {
-                        name: stage.tables(f"score_{name}", cell, VERDICTS)
-                        for name in study.scorers.asked
-                    },
-                    study.scorers.asked,
-                    study.metrics,
-                )
+                metrics = _metrics_of(study, stage, cell)
                 blob = stage.store.put_table(LATENT_METRICS, metrics)
                 shown = {"preview": preview(metrics.filter(metrics["variant"] == "all"))}
                 shown |= _histograms(metrics)
@@ -46,6 +40,32 @@ def build_latent_metrics(study: Study) -> dg.AssetsDefinition:
             yield from stage.report()
 
     return latent_metrics
+
+
+def _metrics_of(study: Study, stage: StageRun, cell: Cell) -> pl.DataFrame:
+    asked = {name: study.scorers.of(name) for name in study.scorers.asked}
+    return latent_metrics_of(
+        cell.layer,
+        stage.table("explanations", cell, SELECTION.name),
+        stage.tables("explanations", cell, EXPLANATIONS),
+        {name: stage.tables(f"score_{name}", cell, VERDICTS) for name in asked},
+        asked,
+        study.metrics,
+        stage.table("latent_records", cell, LATENTS.name),
+        study.sampling,
+        _sizes_of(asked, stage, cell) if study.scoring is not None else None,
+    )
+
+
+def _sizes_of(
+    asked: Mapping[str, ScorerConfig], stage: StageRun, cell: Cell
+) -> dict[str, pl.DataFrame]:
+    windows = stage.table("latent_records", cell, WINDOWS.name)
+    return {
+        name: class_sizes(windows, config.n_examples)
+        for name, config in asked.items()
+        if isinstance(config, LabelScorerConfig)
+    }
 
 
 def _histograms(metrics: pl.DataFrame) -> dict[str, dg.MetadataValue]:

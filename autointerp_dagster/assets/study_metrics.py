@@ -8,6 +8,9 @@ import polars as pl
 from autointerp_dagster.core.metrics import cost_rows, study_metrics_of
 from autointerp_dagster.core.schemas import LATENT_METRICS, STUDY_METRICS
 from autointerp_dagster.partitions import stage_asset
+from autointerp_dagster.resources.coders import Coders
+from autointerp_dagster.resources.embedders import Embedders
+from autointerp_dagster.resources.matching import matched_rows
 from autointerp_dagster.resources.metering import costs_behind
 from autointerp_dagster.resources.plots import preview
 from autointerp_dagster.resources.store import Commit, StoreResource
@@ -19,18 +22,28 @@ def build_study_metrics(study: Study) -> dg.AssetsDefinition:
 
     @stage_asset(study, "study_metrics")
     def study_metrics(
-        context: dg.AssetExecutionContext, store: StoreResource
+        context: dg.AssetExecutionContext,
+        store: StoreResource,
+        coders: Coders,
+        embedders: Embedders,
     ) -> Iterator[dg.MaterializeResult]:
-        with store.stage(context, study, "study_metrics") as stage:
+        embedder = embedders.of(study) if study.matches_coders else None
+        asked = {} if embedder is None else {"embedder": embedder.identity}
+        external = {"sparse_coders": lambda layer: coders.identity(study, layer)}
+        with store.stage(context, study, "study_metrics", models=asked, external=external) as stage:
             for place in stage.pending():
-                compared = study_metrics_of(
-                    stage.table("latent_metrics", place, LATENT_METRICS.name), study.metrics
-                )
+                compared = [
+                    study_metrics_of(
+                        stage.table("latent_metrics", place, LATENT_METRICS.name), study.metrics
+                    )
+                ]
+                if embedder is not None:
+                    compared.append(matched_rows(stage, study, coders, embedder))
                 costs = cost_rows(costs_behind(stage, place))
-                metrics = STUDY_METRICS.conform(pl.concat([compared, costs]))
+                metrics = STUDY_METRICS.conform(pl.concat([*compared, costs]))
                 blob = stage.store.put_table(STUDY_METRICS, metrics)
                 shown = {"comparisons": preview(metrics)}
-                summary = {"n_comparisons": compared.height}
+                summary = {"n_comparisons": metrics.height - costs.height}
                 stage.commit(place, Commit([blob], summary, stage.all_complete(place), shown=shown))
             yield from stage.report()
 

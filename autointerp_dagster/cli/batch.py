@@ -25,8 +25,9 @@ from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.cli.report import asks_nobody, printable
 from autointerp_dagster.core.config import LocalLLMConfig, RemoteLLMConfig
 from autointerp_dagster.core.errors import StoreError, StudyError
-from autointerp_dagster.resources.pending import EXPLAIN, Piece, Survey, stages_that_ask
+from autointerp_dagster.resources.pending import Replayed, Survey, stages_that_ask
 from autointerp_dagster.study import Study, load_study
+from autointerp_dagster.study.parameters import llm_config, parts_asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +88,11 @@ def export_batch(
     left_out: Counter[str] = Counter()
     waiting: set[object] = set()
     with Survey(study, store, study.cells, stages=stages) as survey, writer:
-        for piece, question in _pending(survey, waiting):
+        for model, question in _pending(survey, waiting):
             batch = None if outstanding is None else outstanding.batch_of(question.call_id)
             if batch is None:
-                config = piece.model.config
-                assert isinstance(config, RemoteLLMConfig)  # checked before
-                writer.add(question, config, piece.model.identity)
+                assert isinstance(model.config, RemoteLLMConfig)  # checked before
+                writer.add(question, model.config, model.identity)
             else:
                 left_out[batch] += 1
     return Exported(tuple(writer.files), len(waiting), len(survey.without_records), left_out)
@@ -104,7 +104,7 @@ def _writer(study: Study, store: Store, paths: Iterator[Path], limits: Limits) -
     )
 
 
-def _pending(survey: Survey, waiting: set[object]) -> Iterator[tuple[Piece, Question]]:
+def _pending(survey: Survey, waiting: set[object]) -> Iterator[tuple[Replayed, Question]]:
     """Every question that is to be sent, once; cells that wait are added to ``waiting``."""
     seen: set[int] = set()
     for piece in survey.pieces():
@@ -116,7 +116,7 @@ def _pending(survey: Survey, waiting: set[object]) -> Iterator[tuple[Piece, Ques
             short = int(asked.call_id[:16], 16)
             if asked.is_pending and short not in seen:  # ids are unique in a file
                 seen.add(short)
-                yield piece, Question(asked.call_id, asked.request)
+                yield asked.model, Question(asked.call_id, asked.request)
 
 
 def print_exported(study: Study, exported: Exported, console: Console) -> None:
@@ -256,11 +256,11 @@ def _check_remote(study: Study, stages: Collection[str] | None) -> None:
                 f"study {study.name}: stage {stage!r} asks no language model. Those that do: "
                 f"{known}."
             )
-        part = "explainer" if stage == EXPLAIN else "judge"
-        if isinstance(getattr(study.models, part), LocalLLMConfig):
-            raise StudyError(
-                f"study {study.name}: models.{part}: a model in this process (source: ...), wanted "
-                f"one behind a server for the questions of {stage}. Describe it with base_url or "
-                "serve, as the server that will read the batch knows it, or name other stages "
-                "with --stage."
-            )
+        for part in parts_asked(study, stage):
+            if isinstance(llm_config(study, part), LocalLLMConfig):
+                raise StudyError(
+                    f"study {study.name}: models.{part}: a model in this process (source: ...), "
+                    f"wanted one behind a server for the questions of {stage}. Describe it with "
+                    "base_url or serve, as the server that will read the batch knows it, or name "
+                    "other stages with --stage."
+                )

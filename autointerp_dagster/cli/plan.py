@@ -7,10 +7,11 @@ from rich.console import Console
 from rich.table import Table
 
 from autointerp_dagster.cli.report import asks_nobody, printable
-from autointerp_dagster.core.config import LLMConfig, RemoteLLMConfig
+from autointerp_dagster.core.config import RemoteLLMConfig
 from autointerp_dagster.resources.pending import stages_that_ask
 from autointerp_dagster.resources.planning import StagePlan, StudyPlan
 from autointerp_dagster.study import Study
+from autointerp_dagster.study.parameters import llm_configs
 
 
 def print_plan(study: Study, plan: StudyPlan, console: Console) -> None:
@@ -43,11 +44,6 @@ def missing_records(study: Study, plan: StudyPlan) -> str:
         f"of them. `autointerp run {study.name} --until latent_records` makes them; it asks no "
         "language model."
     )
-
-
-def _models(study: Study) -> list[LLMConfig]:
-    models = [study.models.explainer, study.models.judge or study.models.explainer]
-    return models[:1] if models[0] == models[1] else models
 
 
 def _stages_table(study: Study, plan: StudyPlan) -> Table:
@@ -129,7 +125,7 @@ def _notes(study: Study, plan: StudyPlan) -> list[str]:
     lines += [f"{s.stage} asks {s.model}." for s in plan.stages if len(asked) > 1 and s.n_requests]
     lines += [
         f"The study names no price of {config.model}: its calls count as 0 USD."
-        for config in _models(study)
+        for config in llm_configs(study, stages_that_ask(study))
         if isinstance(config, RemoteLLMConfig) and not config.has_price
     ]
     counted = {s.model: s.counted_by for s in plan.stages if s.n_requests}

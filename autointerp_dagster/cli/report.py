@@ -9,8 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from autointerp_dagster.adapters.storage import Store
-from autointerp_dagster.core.metrics import HEADLINE, judge_is_too_weak
-from autointerp_dagster.core.schemas import EXPLANATIONS, LATENT_METRICS, STUDY_METRICS
+from autointerp_dagster.core.metrics import FAMILIES, judge_is_too_weak
+from autointerp_dagster.core.schemas import (
+    EXPLANATIONS,
+    LATENT_METRICS,
+    LAYER_METRICS,
+    MAIN_VARIANT,
+    STUDY_METRICS,
+)
 from autointerp_dagster.core.types import Cell, LayerKey, WholeStudy
 from autointerp_dagster.study import Study
 
@@ -21,6 +27,9 @@ MAX_LATENTS = 50
 """Of a study that are shown; a terminal holds no more that anybody reads."""
 
 _KEY = ["coder", "hookpoint", "latent", "explainer"]
+
+_SCORE_WIDTH, _TEXT_WIDTH = 15, 50
+"""Characters of a score's column, and at least of the explanation's."""
 
 
 def print_report(
@@ -45,13 +54,18 @@ def print_report(
         share = -(-room // (len(cells) - n_before))
         explained, headline, n_latents = _some_latents(study, store, cells[layer], share)
         if explained.height:
-            console.print(_layer_table(study, layer, explained, headline))
+            for scorers in _fitting(study.scorers.asked, console.width):
+                console.print(_layer_table(layer, scorers, explained, headline))
         n_shown = explained["latent"].n_unique()
         room, n_more = room - n_shown, n_more + n_latents - n_shown
     if n_more:
         console.print(
             f"{n_more:,} more latents are not shown. `autointerp why STUDY LAYER LATENT` shows one."
         )
+    for layer in study.layer_keys:
+        medians = _medians(study, store, layer)
+        if not medians.is_empty():
+            console.print(_medians_table(layer, study.scorers.asked, medians))
     head = store.head(study.name, "study_metrics", str(WholeStudy()))
     if head is not None:
         comparisons = store.table(head.blob(STUDY_METRICS.name))
@@ -99,14 +113,20 @@ def _tables(
             yield store.table(blob)
 
 
+def _fitting(scorers: Sequence[str], width: int) -> Iterator[Sequence[str]]:
+    """The scorers in lots that fit side by side into a terminal."""
+    n = max(2, (width - _TEXT_WIDTH) // _SCORE_WIDTH)
+    for start in range(0, max(len(scorers), 1), n):
+        yield scorers[start : start + n]
+
+
 def _layer_table(
-    study: Study, layer: LayerKey, explained: pl.DataFrame, headline: Headlines
+    layer: LayerKey, scorers: Sequence[str], explained: pl.DataFrame, headline: Headlines
 ) -> Table:
     table = Table(title=f"{layer}: value / floor, below it the 95 % interval", expand=True)
     table.add_column("latent, explainer\nexplanation", ratio=1, no_wrap=True, overflow="ellipsis")
-    for scorer in study.scorers.asked:
-        metric = HEADLINE[scorer].replace("balanced_", "bal.")
-        table.add_column(f"{scorer}\n{metric}", no_wrap=True, min_width=12)
+    for scorer in scorers:
+        table.add_column(f"{scorer}\n{_metric(scorer)}", no_wrap=True, min_width=12)
     last = None
     for row in explained.sort(_KEY).iter_rows(named=True):
         key = tuple(row[name] for name in _KEY)
@@ -115,7 +135,7 @@ def _layer_table(
         last = row["latent"]
         text = Text.assemble((f"{row['latent']} ", "bold"), (f"{row['explainer']}\n", "dim"))
         text.append(printable(row["text"] or f"({row['status']}: {row['reason']})"))
-        scores = [_score(headline, key, scorer) for scorer in study.scorers.asked]
+        scores = [_score(headline, key, scorer) for scorer in scorers]
         table.add_row(text, *scores)
     return table
 
@@ -139,11 +159,14 @@ def _headlines(study: Study, metrics: pl.DataFrame) -> Headlines:
     return {
         (*(row[name] for name in _KEY), row["scorer"], row["subject"]): row
         for row in rows
-        if row["scorer"] in study.scorers.asked and row["metric"] == HEADLINE[row["scorer"]]
+        if row["scorer"] in study.scorers.asked
+        and row["metric"] == FAMILIES[row["scorer"]].headline
     }
 
 
 def _score(headline: Headlines, key: tuple[object, ...], scorer: str) -> str:
+    if not FAMILIES[scorer].needs_explanation:
+        key = (*key[:-1], None)
     own, floor = headline.get((*key, scorer, "own")), headline.get((*key, scorer, "other"))
     if own is None or own["value"] is None:
         return "" if own is None else str(own["status"])
@@ -155,12 +178,64 @@ def _score(headline: Headlines, key: tuple[object, ...], scorer: str) -> str:
     return shown
 
 
+def _metric(scorer: str) -> str:
+    """The headline metric of a scorer, short."""
+    return FAMILIES[scorer].headline.replace("balanced_", "bal.")
+
+
+def _medians(study: Study, store: Store, layer: LayerKey) -> pl.DataFrame:
+    """Medians of the headline metrics over the latents of a layer, own and floors."""
+    head = store.head(study.name, "layer_metrics", str(layer))
+    if head is None:
+        return LAYER_METRICS.empty()
+    headline = pl.DataFrame(
+        [(scorer, FAMILIES[scorer].headline) for scorer in study.scorers.asked],
+        {"scorer": pl.String, "metric": pl.String},
+        orient="row",
+    )
+    medians = store.table(head.blob(LAYER_METRICS.name)).filter(
+        (pl.col("variant") == MAIN_VARIANT) & (pl.col("statistic") == "median")
+    )
+    return medians.join(headline, on=["scorer", "metric"], how="semi")
+
+
+def _medians_table(layer: LayerKey, scorers: Sequence[str], medians: pl.DataFrame) -> Table:
+    """By scorer and explainer; floors are over the latents that have them, so compare by lift."""
+    subjects = medians["subject"]
+    floors = ("other", "random") if (subjects == "random").any() else ("other",)
+    table = Table(title=f"{layer}: median over latents")
+    for name in ("scorer", "explainer", "metric", "chance", "median", "95 % interval"):
+        table.add_column(name, no_wrap=name != "explainer")
+    for name in (*(f"floor\n{floor}" for floor in floors), "latents"):
+        table.add_column(name, no_wrap=True)
+    rows = {(r["scorer"], r["explainer"], r["subject"]): r for r in medians.iter_rows(named=True)}
+    own = sorted((key[:2] for key in rows if key[2] == "own"), key=lambda key: str(key[1]))
+    for scorer, explainer in sorted(own, key=lambda key: scorers.index(key[0])):
+        row = rows[(scorer, explainer, "own")]
+        table.add_row(
+            scorer,
+            explainer or "(none)",
+            _metric(scorer),
+            f"{FAMILIES[scorer].chance:g}",
+            _median(row) or str(row["status"]),
+            "" if row["lo"] is None else f"{row['lo']:.2f} to {row['hi']:.2f}",
+            *(_median(rows.get((scorer, explainer, floor))) for floor in floors),
+            str(row["n"]),
+        )
+    return table
+
+
+def _median(row: dict[str, Any] | None) -> str:
+    return "" if row is None or row["value"] is None else f"{row['value']:.2f}"
+
+
 def _floors_table(comparisons: pl.DataFrame) -> Table:
     table = Table("scorer", "explainer", "own minus other", "95 % interval", "p", "latents")
     table.title = "Is a latent's own explanation better than another's? (paired over latents)"
     rows = comparisons.filter(
         (pl.col("comparison") == "subject")
         & (pl.col("a") == "own")
+        & (pl.col("b") == "other")
         & (pl.col("statistic") == "mean_difference")
     )
     for row in rows.iter_rows(named=True):

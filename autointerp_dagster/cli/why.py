@@ -7,6 +7,7 @@ present heads, so an old score is explained as it was.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import polars as pl
 from rich.console import Console
@@ -63,7 +64,9 @@ class Walk:
     def verdicts(self, latent: int) -> pl.DataFrame:
         """All verdicts on a latent's windows."""
         tables = [self.store.table(b) for b in self.manifest.blobs if b.name.startswith("verdicts")]
-        return pl.concat([VERDICTS.empty(), *tables]).filter(pl.col("latent") == latent)
+        return pl.concat([VERDICTS.empty(), *tables], how="diagonal").filter(
+            pl.col("latent") == latent
+        )
 
     def explanation(self, latent: int, explainer: str) -> dict[str, object]:
         """The explanation's row."""
@@ -78,9 +81,12 @@ class Walk:
 
     def why_unscored(self, latent: int) -> str:
         """Why a latent has no verdict here."""
-        explained = self.ancestors["explanations"]
+        explained = self.ancestors.get("explanations")
+        if explained is None:
+            return "not scored: not selected, dead, rare, or with too few windows"
         rows = [self.store.table(b) for b in explained.blobs if b.name.startswith("explanations")]
-        mine = pl.concat([EXPLANATIONS.empty(), *rows]).filter(pl.col("latent") == latent)
+        every = pl.concat([EXPLANATIONS.empty(), *rows])
+        mine = every.filter((pl.col("latent") == latent) & pl.col("selected"))
         if mine.is_empty():
             return "not scored: the study did not select this latent to be explained"
         reasons = [f"{r['explainer']}: {r['status']} ({r['reason']})" for r in mine.to_dicts()]
@@ -131,14 +137,17 @@ def _add_verdicts(tree: Tree, walk: Walk, journal: Journal, layer: LayerKey, lat
     dataset = walk.dataset()
     groups = verdicts.partition_by("explainer", "subject", as_dict=True, maintain_order=True)
     for (explainer, subject), rows in groups.items():
-        row = walk.explanation(rows["explanation_of"][0], str(explainer))
-        branch = tree.add(
-            f"explainer [bold]{escape(str(explainer))}[/], explanation of latent {row['latent']} "
-            f"({subject}): {escape(repr(row['text']))}"
-        )
-        writing = walk.block("explanations", layer, int(str(row["latent"])))
+        if explainer is None:
+            branch = tree.add("no explanation needed")
+        else:
+            row = walk.explanation(rows["explanation_of"][0], str(explainer))
+            branch = tree.add(
+                f"explainer [bold]{escape(str(explainer))}[/], explanation of latent "
+                f"{row['latent']} ({subject}): {escape(repr(row['text']))}"
+            )
+            writing = walk.block("explanations", layer, int(str(row["latent"])))
+            _add_call(branch, journal, row["call_id"], writing, "written by")
         judging = walk.block(walk.manifest.stage, layer, latent)
-        _add_call(branch, journal, row["call_id"], writing, "written by")
         for verdict in rows.head(SHOWN_WINDOWS).iter_rows(named=True):
             leaf = branch.add(_verdict_line(verdict, dataset))
             _add_call(leaf, journal, verdict["call_id"], judging, "judged by")
@@ -150,7 +159,11 @@ def _verdict_line(verdict: dict[str, object], dataset: TokenDataset) -> str:
     window = int(str(verdict["window_id"]))
     context, start = window >> 16, window & 0xFFFF
     document = document_of(dataset, context)
-    said = verdict["prediction"] if verdict["score"] is None else f"score {verdict['score']:.3g}"
+    said: object = verdict["prediction"]
+    if verdict["score"] is not None:
+        said = f"score {verdict['score']:.3g}"
+    elif verdict["predicted"] is not None:
+        said = [round(float(x), 1) for x in cast("list[float]", verdict["predicted"])]
     outcome = said if verdict["status"] == "ok" else f"failed: {verdict['reason']}"
     return escape(
         f"window {window} (context {context}, position {start}) of document "
@@ -173,6 +186,9 @@ def _add_call(tree: Tree, journal: Journal, call_id: object, block: JournalBlock
 
 
 def _asked(entry: Entry) -> str:
+    if entry.prompt is not None:  # what was asked for stands at the end, after worked examples
+        end = repr(entry.prompt[-_SHOWN_CHARACTERS:])
+        return f"a plain text of {len(entry.prompt)} characters, the end: {end}"
     last = repr(entry.messages[-1].content)
     shown = last if len(last) <= _SHOWN_CHARACTERS else last[:_SHOWN_CHARACTERS] + "..."
     return f"{len(entry.messages)} messages, the last: {shown}"

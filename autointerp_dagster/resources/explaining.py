@@ -1,31 +1,49 @@
 """The explanations stage: selecting latents, explaining them, naming floor donors."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import polars as pl
 
 from autointerp_dagster.adapters.manifests import Part
+from autointerp_dagster.adapters.subject_models import SubjectModel
+from autointerp_dagster.core.config import (
+    BestOfNExplainerConfig,
+    DefaultExplainerConfig,
+    ExplainerConfig,
+    OutputExplainerConfig,
+    RefineExplainerConfig,
+)
 from autointerp_dagster.core.explainers import (
-    Explainer,
     Explanation,
     explain,
     explanations_frame,
+    make_explainer,
 )
+from autointerp_dagster.core.explainers.output import OutputCase, explain_outputs
+from autointerp_dagster.core.latent_records import LatentRecord
 from autointerp_dagster.core.llm import LLM
-from autointerp_dagster.core.sampling import donors_of, floor_latents, select_latents
-from autointerp_dagster.core.schemas import DONORS, EXPLANATIONS, FIRING_COUNTS, SELECTION, UNDONE
-from autointerp_dagster.core.tokens import Detokenizer
-from autointerp_dagster.core.types import Cell, Progress, WholeStudy
+from autointerp_dagster.core.logit_lens import VERSION as LENS_VERSION
+from autointerp_dagster.core.logit_lens import promoted_and_suppressed, promoted_tokens
+from autointerp_dagster.core.sampling import donors_of
+from autointerp_dagster.core.schemas import DONORS, EXPLANATIONS, SELECTION, UNDONE
+from autointerp_dagster.core.selection import SelectionModels, choose
+from autointerp_dagster.core.types import Cell, LayerKey, Progress, WholeStudy
 from autointerp_dagster.resources.coders import Coders
 from autointerp_dagster.resources.metering import UNMETERED, Meter, cost_of, offered, spent
 from autointerp_dagster.resources.plots import preview
-from autointerp_dagster.resources.scoring import read_records
+from autointerp_dagster.resources.scoring import read_interventions, read_records
+from autointerp_dagster.resources.selecting import selection_of
 from autointerp_dagster.resources.stage_inputs import StageInputs
 from autointerp_dagster.resources.store import Commit, StageRun
 from autointerp_dagster.study import Study
+from autointerp_dagster.study.parameters import LLMPart, parts_of_explainer
+
+N_PROMOTED = 10
+"""Promoted tokens that an explainer is shown."""
+_SHOWN = ("latent", "explainer", "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,27 +52,18 @@ class ExplainingWork:
 
     stage: StageInputs
     study: Study
-    explainers: Sequence[Explainer]
-    llm: LLM
+    llms: Mapping[LLMPart, LLM]
+    """Of every part that an explainer asks."""
     coders: Coders
-    detokenizer: Detokenizer
+    subject: SubjectModel
+    """For its detokenizer, and its unembedding where promoted tokens are shown."""
     progress: Progress
     meter: Meter = UNMETERED
-    """Of ``llm``."""
+    """Of ``llms`` together."""
 
     def selection(self, cell: Cell) -> pl.DataFrame:
-        """``schemas.SELECTION``: the latents of the cell that are to be explained.
-
-        They are chosen over the whole layer.
-        """
-        counts = self.stage.table("activation_cache", cell, FIRING_COUNTS.name)
-        chosen = select_latents(cell.layer, counts, self.study.latents)
-        firing = counts.filter(pl.col("n_tokens") >= self.study.sampling.min_tokens)["latent"]
-        likely = chosen[np.isin(chosen, firing.to_numpy())]  # the others are dead or rare
-        floors = floor_latents(cell.layer, likely, self.study.floors)
-        mine = chosen[(chosen >= cell.range.start) & (chosen < cell.range.stop)]
-        frame = pl.DataFrame({"latent": mine, "is_floor": np.isin(mine, floors)})
-        return SELECTION.conform(frame, cell.layer)
+        """``schemas.SELECTION``: the latents of the cell that are to be explained."""
+        return selection_of(self.stage, self.study, cell)
 
     def donors(self, cell: Cell, selection: pl.DataFrame) -> pl.DataFrame:
         """``schemas.DONORS``: whose explanations may stand in for a floor latent's own."""
@@ -64,33 +73,76 @@ class ExplainingWork:
         directions = coder.decoder_rows(candidates.tolist()).float().numpy()
         return donors_of(cell.layer, floors, candidates, directions, self.study.floors)
 
-    def part_parameters(
-        self, cell: Cell, explainer: Explainer, latents: Sequence[int]
-    ) -> dict[str, Any]:
+    def part_parameters(self, cell: Cell, explainer: str, latents: Sequence[int]) -> dict[str, Any]:
         """All that decides one explainer's part of a cell."""
-        return {
-            "explainer": self.stage.parameters["explainers"][explainer.name],
-            "explainer_llm": self.stage.parameters["explainer_llm"]
-            if explainer.asks_a_model
-            else None,
+        config = self.study.explainers[explainer]
+        parameters = {
+            "explainer": self.stage.parameters["explainers"][explainer],
+            "llms": {part: self.llms[part].identity for part in parts_of_explainer(config)},
             "latents": list(latents),
             "latent_records": self.stage.input("latent_records", cell).content_hash,
             "token_dataset": self.stage.input("token_dataset", WholeStudy()).content_hash,
         }
+        if isinstance(config, OutputExplainerConfig):
+            parameters["interventions"] = self.stage.input("interventions", cell).content_hash
+        if _shows_promoted(config):
+            parameters["lens"] = [LENS_VERSION, self.subject.identity()]
+            parameters["coder"] = self.coders.identity(self.study, cell.layer)
+        return parameters
 
     def explanations(
-        self, cell: Cell, explainer: Explainer, latents: Sequence[int]
+        self, cell: Cell, explainer: str, latents: Sequence[int]
     ) -> Iterator[Explanation]:
-        """One explanation per latent, or why there is none, as the model answers."""
+        """Every explanation of a cell by one explainer, or why there is none, as models answer."""
+        config = self.study.explainers[explainer]
         shown = self.progress(
-            read_records(self.stage, cell, latents),
+            self._records(cell, config, latents),
             total=len(latents),
-            description=f"{cell.layer} {cell.range} {explainer.name}",
+            description=f"{cell.layer} {cell.range} {explainer}",
             unit="latents",
             note=lambda: spent(self.meter),
         )
         block_of = self.coders.block_of(self.study, cell.layer, "explanations")
-        return explain(explainer, shown, self.detokenizer, self.llm, block_of)
+        detokenizer = self.subject.detokenizer
+        match config:
+            case OutputExplainerConfig():
+                cases = self._output_cases(cell, config, shown)
+                return explain_outputs(explainer, config, cases, self.llms["base_lm"], block_of)
+            case BestOfNExplainerConfig() | RefineExplainerConfig():
+                models = SelectionModels(self.llms["explainer"], self.llms["judge"])
+                return choose(explainer, config, shown, detokenizer, models, block_of)
+            case _:
+                one = make_explainer(explainer, config)
+                llm = self.llms.get("explainer")
+                return explain(one, shown, detokenizer, llm, block_of)
+
+    def _records(
+        self, cell: Cell, config: ExplainerConfig, latents: Sequence[int]
+    ) -> Iterator[LatentRecord]:
+        records = read_records(self.stage, cell, latents)
+        if not _shows_promoted(config):
+            return records
+        promoted = self._promoted(cell.layer, latents)
+        return (replace(r, promoted_tokens=promoted[r.latent.index]) for r in records)
+
+    def _promoted(self, layer: LayerKey, latents: Sequence[int]) -> dict[int, tuple[str, ...]]:
+        directions = self.coders.of(self.study, layer).coder.decoder_rows(latents)
+        lens = self.subject.unembedding()
+        if lens.centres:
+            directions = directions - directions.mean(dim=1, keepdim=True)
+        most, _ = promoted_and_suppressed(directions, lens.weight, lens.norm_weight, N_PROMOTED)
+        pieces = self.subject.detokenizer.pieces
+        tokens = promoted_tokens(most, lambda token: "".join(pieces(np.array([token]))))
+        return dict(zip(latents, tokens, strict=True))
+
+    def _output_cases(
+        self, cell: Cell, config: OutputExplainerConfig, records: Iterator[LatentRecord]
+    ) -> Iterator[OutputCase]:
+        target = config.kl or self.study.interventions.kl[0]
+        found = read_interventions(self.stage, cell)
+        for record in records:
+            mine = [i for i in found.get(record.latent.index, ()) if i.kl_target == target]
+            yield OutputCase(record.latent, record.status, mine[0] if mine else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +157,7 @@ class Explaining(ExplainingWork):
             before = self.meter.usage
             selection = self.selection(cell)
             latents = selection["latent"].to_list()
-            parts = [self._part(cell, explainer, latents) for explainer in self.explainers]
+            parts = [self._part(cell, name, latents) for name in self.study.explainers]
             explained = pl.concat([self.stage.store.table(part.blob) for part in parts])
             blobs = [
                 *(part.blob for part in parts),
@@ -118,27 +170,30 @@ class Explaining(ExplainingWork):
                 complete=all(part.complete for part in parts),
                 usage=asdict(self.meter.usage - before),
                 execution=offered(self.meter),
-                shown={"preview": preview(explained.select("latent", "explainer", "text"))},
+                shown={"preview": preview(explained.filter("selected").select(*_SHOWN))},
             )
             self.stage.commit(cell, commit)
 
-    def _part(self, cell: Cell, explainer: Explainer, latents: list[int]) -> Part:
+    def _part(self, cell: Cell, explainer: str, latents: list[int]) -> Part:
         parameters = self.part_parameters(cell, explainer, latents)
-        return self.stage.part(
-            explainer.name, parameters, lambda: self._made(cell, explainer, latents)
-        )
+        return self.stage.part(explainer, parameters, lambda: self._made(cell, explainer, latents))
 
-    def _made(self, cell: Cell, explainer: Explainer, latents: list[int]) -> Part:
+    def _made(self, cell: Cell, explainer: str, latents: list[int]) -> Part:
         before = self.meter.cost
         frame = explanations_frame(self.explanations(cell, explainer, latents))
-        name = f"{EXPLANATIONS.name}/{explainer.name}"
+        name = f"{EXPLANATIONS.name}/{explainer}"
         blob = self.stage.store.put_table(EXPLANATIONS, frame, name=name)
         complete = frame.filter(pl.col("reason").is_in(UNDONE)).is_empty()
         cost = asdict(self.meter.cost - before)
-        return Part(name=explainer.name, fingerprint="", blob=blob, complete=complete, cost=cost)
+        return Part(name=explainer, fingerprint="", blob=blob, complete=complete, cost=cost)
+
+
+def _shows_promoted(config: ExplainerConfig) -> bool:
+    return isinstance(config, DefaultExplainerConfig) and config.show_promoted
 
 
 def _summary(selection: pl.DataFrame, explained: pl.DataFrame) -> dict[str, Any]:
+    explained = explained.filter("selected")
     without = explained.filter(pl.col("status") != "ok")
     return {
         "n_selected": selection.height,

@@ -1,13 +1,21 @@
-"""What detection and fuzzing share as stages: a scorer whose judge labels windows."""
+"""What the scorers share as stages that ask a language model."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import dagster as dg
 
 from autointerp_dagster.core.llm import LLM
-from autointerp_dagster.core.scorers import LABEL_SCORERS, Job, Verdict, judge
+from autointerp_dagster.core.scorers import (
+    ASKING_SCORERS,
+    LABEL_SCORERS,
+    Verdict,
+    intervention,
+    judge,
+)
 from autointerp_dagster.core.tokens import Detokenizer
 from autointerp_dagster.core.types import Cell
+from autointerp_dagster.partitions import stage_asset
 from autointerp_dagster.resources.coders import Coders
 from autointerp_dagster.resources.llms import LLMs
 from autointerp_dagster.resources.models import SubjectModels
@@ -15,54 +23,60 @@ from autointerp_dagster.resources.progress import ProgressDisplay
 from autointerp_dagster.resources.scoring import Scoring, VerdictsOf
 from autointerp_dagster.resources.store import StoreResource
 from autointerp_dagster.study import Study
+from autointerp_dagster.study.parameters import parts_asked
 
 
-def score_by_labels(
-    name: str,
-    study: Study,
-    context: dg.AssetExecutionContext,
-    store: StoreResource,
-    models: SubjectModels,
-    coders: Coders,
-    llms: LLMs,
-    progress: ProgressDisplay,
-) -> Iterator[dg.MaterializeResult]:
-    """Scores the cells of one step with the study's judge.
+def asking_asset(study: Study, name: str) -> dg.AssetsDefinition:
+    """The asset of a scorer that asks one language model.
 
     Args:
-        name: The scorer, one of ``LABEL_SCORERS`` that the study asks for.
         study: Whose cells these are.
-        context: Of the asset that runs; the others are its resources.
-        store: Where results go.
-        models: For the subject model's detokenizer.
-        coders: For the journal's blocks.
-        llms: For the judge.
-        progress: For whoever watches.
+        name: The scorer, one that the study asks for.
     """
-    with llms.judge(context, study, store.of(study)) as llm:
-        verdicts = labelling(name, study, models.of(study).detokenizer, coders, llm)
-        asked = {"judge": llm.identity}
-        with store.stage(context, study, f"score_{name}", models=asked) as stage:
-            Scoring(stage, study, verdicts, progress.on(context), llm).commit_cells()
-            yield from stage.report()
+    stage_name = f"score_{name}"
+
+    @stage_asset(study, stage_name)
+    def score(
+        context: dg.AssetExecutionContext,
+        store: StoreResource,
+        models: SubjectModels,
+        coders: Coders,
+        llms: LLMs,
+        progress: ProgressDisplay,
+    ) -> Iterator[dg.MaterializeResult]:
+        (part,) = parts_asked(study, stage_name)
+        with llms.open(context, study, store.of(study), [part]) as opened:
+            llm = opened[part]
+            verdicts = answering(name, study, models.of(study).detokenizer, coders, llm)
+            with store.stage(context, study, stage_name, models={part: llm.identity}) as stage:
+                Scoring(stage, study, verdicts, progress.on(context), llm).commit_cells()
+                yield from stage.report()
+
+    return score
 
 
-def labelling(
+def answering(
     name: str, study: Study, detokenizer: Detokenizer, coders: Coders, llm: LLM
 ) -> VerdictsOf:
-    """How a scorer of ``LABEL_SCORERS`` turns jobs of a cell into verdicts.
+    """How a scorer that asks a language model turns jobs of a cell into verdicts.
 
     Args:
         name: The scorer, one that the study asks for.
         study: Whose cells these are.
         detokenizer: Of the subject model.
         coders: For the journal's blocks.
-        llm: The judge.
+        llm: The model that it asks.
     """
-    scorer, config = LABEL_SCORERS[name], getattr(study.scorers, name)
+    config: Any = study.scorers.of(name)  # of the scorer's own kind
 
-    def verdicts(cell: Cell, jobs: Iterable[Job]) -> Iterator[Verdict]:
+    def verdicts(cell: Cell, jobs: Iterable[Any]) -> Iterator[Verdict]:
         block_of = coders.block_of(study, cell.layer, f"score_{name}")
-        return judge(scorer, jobs, config, detokenizer, llm, block_of)
+        if name == "intervention":
+            return intervention.verdicts(jobs, config, llm, block_of)
+        if name in LABEL_SCORERS:
+            scorer = LABEL_SCORERS[name]
+            sure = study.metrics.confidence
+            return judge(scorer, jobs, config, detokenizer, llm, block_of, study.scoring, sure)
+        return ASKING_SCORERS[name].verdicts(jobs, config, detokenizer, llm, block_of)
 
     return verdicts

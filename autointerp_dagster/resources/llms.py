@@ -1,7 +1,7 @@
-"""Language models that explain and judge, each behind its journal and the study's budget."""
+"""The language models of a study, opened for a step with journal and budget."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
 import dagster as dg
@@ -16,8 +16,8 @@ from autointerp_dagster.adapters.llm import (
     open_llm,
 )
 from autointerp_dagster.adapters.storage import Store
-from autointerp_dagster.core.config import LLMConfig
 from autointerp_dagster.study import Study
+from autointerp_dagster.study.parameters import LLMPart, llm_config
 
 BUDGET_TAG = "autointerp/budget"
 """Tag of Dagster runs that share one run's budget: those of one command."""
@@ -30,7 +30,7 @@ def budget_of(context: dg.AssetExecutionContext) -> str:
 
 
 class LLMs(dg.ConfigurableResource):
-    """Opens the language model that plays a part in a study, for the length of a step."""
+    """Opens the language models that play a part in a study, for the length of a step."""
 
     mode: Mode = Field(
         default="record",
@@ -38,37 +38,35 @@ class LLMs(dg.ConfigurableResource):
     )
 
     @contextmanager
-    def explainer(
-        self, context: dg.AssetExecutionContext, study: Study, store: Store
-    ) -> Iterator[JournaledLLM]:
-        """The model that writes explanations."""
-        with self._open(budget_of(context), study, store, study.models.explainer) as llm:
-            yield llm
+    def open(
+        self,
+        context: dg.AssetExecutionContext,
+        study: Study,
+        store: Store,
+        parts: Sequence[LLMPart],
+    ) -> Iterator[Mapping[LLMPart, JournaledLLM]]:
+        """The models that play some parts; two parts with one description share a model.
 
-    @contextmanager
-    def judge(
-        self, context: dg.AssetExecutionContext, study: Study, store: Store
-    ) -> Iterator[JournaledLLM]:
-        """The model that answers scorers."""
-        config = study.models.judge or study.models.explainer
-        with self._open(budget_of(context), study, store, config) as llm:
-            yield llm
-
-    @contextmanager
-    def _open(
-        self, budget: str, study: Study, store: Store, config: LLMConfig
-    ) -> Iterator[JournaledLLM]:
-        """A model that may spend what run and study have left; one in this process is free."""
+        Together they may spend what run and study have left; one in this process is free.
+        """
         hours = study.budget.hours
-        with (
-            open_journal(store.root) as journal,
-            Ledger(study.budget, SpendFile(store.root, study.name, budget)) as ledger,
-            open_llm(
-                config,
-                journal=journal,
-                ledger=ledger,
-                deadline=None if hours is None else timedelta(hours=hours),
-                mode=self.mode,
-            ) as llm,
-        ):
-            yield llm
+        with ExitStack() as opened:
+            journal = opened.enter_context(open_journal(store.root))
+            spend = SpendFile(store.root, study.name, budget_of(context))
+            ledger = opened.enter_context(Ledger(study.budget, spend))
+            models: dict[LLMPart, JournaledLLM] = {}
+            for part in parts:
+                config = llm_config(study, part)
+                alike = [m for p, m in models.items() if llm_config(study, p) == config]
+                if alike:
+                    models[part] = alike[0]
+                else:
+                    llm = open_llm(
+                        config,
+                        journal=journal,
+                        ledger=ledger,
+                        deadline=None if hours is None else timedelta(hours=hours),
+                        mode=self.mode,
+                    )
+                    models[part] = opened.enter_context(llm)
+            yield models

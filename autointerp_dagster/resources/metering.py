@@ -45,6 +45,31 @@ class Unmetered:
 UNMETERED = Unmetered()
 
 
+class Together:
+    """Several models as one :class:`Meter`; a model that is named twice counts once."""
+
+    def __init__(self, meters: Iterable[Meter]) -> None:
+        self._meters = tuple({id(meter): meter for meter in meters}.values())
+
+    @property
+    def usage(self) -> Usage:
+        """Of all together."""
+        return sum((meter.usage for meter in self._meters), start=Usage())
+
+    @property
+    def cost(self) -> Usage:
+        """Of all together."""
+        return sum((meter.cost for meter in self._meters), start=Usage())
+
+    @property
+    def capabilities(self) -> Mapping[str, bool] | None:
+        """What all that have answered offer; null before the first answer."""
+        known = [m.capabilities for m in self._meters if m.capabilities is not None]
+        if not known:
+            return None
+        return {name: all(c.get(name, False) for c in known) for c in known for name in c}
+
+
 def spent(meter: Meter) -> str:
     """Spend in a few characters, for a progress bar."""
     usage = meter.usage

@@ -6,26 +6,19 @@ run cannot disagree.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import polars as pl
 
-from autointerp_dagster.adapters.llm import Journal, JournaledLLM, open_backend, open_journal
+from autointerp_dagster.adapters.llm import open_journal
 from autointerp_dagster.adapters.manifests import Manifest
 from autointerp_dagster.adapters.storage import Store
-from autointerp_dagster.core.config import LLMConfig, RemoteLLMConfig
-from autointerp_dagster.core.explainers import (
-    Explainer,
-    Explanation,
-    explanations_frame,
-    make_explainer,
-)
-from autointerp_dagster.core.llm import Completion, JournalBlock, Request, Usage
+from autointerp_dagster.core.explainers import Explanation, explanations_frame
+from autointerp_dagster.core.llm import LLM, Completion, JournalBlock, Request, Usage
 from autointerp_dagster.core.schemas import DONORS, EXPLANATIONS, SELECTION
-from autointerp_dagster.core.scorers import LABEL_SCORERS
 from autointerp_dagster.core.tokens import Detokenizer
 from autointerp_dagster.core.types import (
     Cell,
@@ -39,17 +32,25 @@ from autointerp_dagster.core.types import (
 from autointerp_dagster.resources.coders import Coders
 from autointerp_dagster.resources.corpora import Corpora
 from autointerp_dagster.resources.explaining import ExplainingWork
-from autointerp_dagster.resources.judging import labelling
+from autointerp_dagster.resources.judging import answering
 from autointerp_dagster.resources.models import SubjectModels
-from autointerp_dagster.resources.scoring import Explained, ScoringWork
+from autointerp_dagster.resources.replaying import Heard, Replayed
+from autointerp_dagster.resources.scoring import NO_EXPLAINER, Explained, ScoringWork
 from autointerp_dagster.resources.stage_inputs import External, StageInputs
 from autointerp_dagster.study import Study
+from autointerp_dagster.study.parameters import (
+    LLMPart,
+    all_parts_asked,
+    llm_config,
+    parts_asked,
+    parts_of_explainer,
+)
+from autointerp_dagster.study.stages import stages_of
 
 EXPLAIN = "explanations"
-_UPSTREAM = ("token_dataset", "activation_cache", "latent_records")
-"""What the questions rest on, in the order of the data; no language model makes it."""
-_NOWHERE = "http://127.0.0.1/v1"
-"""Stands for the address of a server that is not started: nothing is sent there."""
+_UPSTREAM = ("token_dataset", "activation_cache", "latent_records", "interventions")
+"""What the questions may rest on, in the order of the data; no language model is asked for it."""
+_OVER = object()
 
 StandIns = Callable[[str, pl.DataFrame], pl.DataFrame]
 """From an explainer's name and its ``schemas.EXPLANATIONS`` of a cell to the same with a text in
@@ -59,6 +60,8 @@ every row whose reason is ``not_recorded``. Is given complete ones, too."""
 class Asked(NamedTuple):
     """One question of a stage, and what the journal knows of it."""
 
+    model: Replayed
+    """Whom it asks."""
     request: Request
     """As it would be sent: the question itself, or a repeat that quotes a fault."""
     call_id: str
@@ -75,8 +78,9 @@ class Piece:
     stage: str
     cell: Cell
     explainer: str
-    model: "Replayed"
-    """Whom it asks."""
+    """``NO_EXPLAINER`` for a scorer that needs no explanation."""
+    model: Replayed
+    """Whom it asks first."""
     is_done: bool
     """Whether the store holds the result; then nothing is asked."""
     waits: bool
@@ -85,49 +89,9 @@ class Piece:
     """Lazy. What is left of it when the next piece is drawn is gone through unseen."""
 
 
-class Replayed:
-    """A model whose answers come from the journal alone; an ``LLM``."""
-
-    def __init__(self, config: LLMConfig, journal: Journal) -> None:
-        """Describe the model; nothing is started, asked or loaded.
-
-        Raises:
-            ModelError: If a local model cannot be found.
-        """
-        self.config = config
-        if isinstance(config, RemoteLLMConfig) and config.serve is not None:
-            config = config.at(_NOWHERE)
-        self._missing: dict[str, Request] = {}
-        self._llm = JournaledLLM(
-            open_backend(config),
-            journal,
-            mode="replay",
-            on_missing=self._note,
-        )
-        self.identity = self._llm.identity
-        self.heard: deque[tuple[Request, Completion]] = deque()
-        """What was asked since somebody last took it from here."""
-
-    def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion]]:
-        """See :class:`~autointerp_dagster.core.llm.LLM`."""
-        for request, completion in self._llm.answer(requests):
-            sent = self._missing.pop(completion.call_id, request)
-            self.heard.append((sent, completion))
-            yield request, completion
-
-    def close(self) -> None:
-        """End its background thread."""
-        self._llm.close()
-
-    def _note(self, request: Request, call_id: str) -> None:
-        self._missing[call_id] = request
-
-
 def stages_that_ask(study: Study) -> list[str]:
     """Names of the stages of a study that ask a language model, in the order of the data."""
-    explains = any(make_explainer(n, c).asks_a_model for n, c in study.explainers.items())
-    scores = [f"score_{name}" for name in study.scorers.asked if name in LABEL_SCORERS]
-    return [EXPLAIN, *scores] if explains else scores
+    return [stage.name for stage in stages_of(study) if parts_asked(study, stage.name)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,19 +145,17 @@ class Survey:
         self._stand_ins: StandIns = stand_ins or (lambda _, frame: frame)
         self._coders = Coders()
         self._open = ExitStack()
+        self._heard: Heard = deque()
+        """What was asked since somebody last took it from here."""
 
     def __enter__(self) -> Self:
         """The survey, with its journal open."""
-        models = self.study.models
         with ExitStack() as opening:
             self._journal = opening.enter_context(open_journal(self.store.root))
-            self._explainer = Replayed(models.explainer, self._journal)
-            opening.callback(self._explainer.close)
-            self._judge = Replayed(models.judge or models.explainer, self._journal)
-            opening.callback(self._judge.close)
+            self._llms = self._open_models(opening)
             self._upstream = self._upstream_stages()
+            self._explaining = self._explaining_work()
             detokenizer = SubjectModels().of(self.study).detokenizer
-            self._explaining = self._explaining_work(detokenizer)
             scoring = [name for name in self.stages if name != EXPLAIN]
             self._scoring = {name: self._scoring_work(name, detokenizer) for name in scoring}
             self._open = opening.pop_all()
@@ -251,48 +213,53 @@ class Survey:
 
     def _explain(self, state: _Cell) -> Iterator[Piece]:
         latents = state.selection["latent"].to_list()
-        for explainer in self._explaining.explainers:
+        for explainer in self.study.explainers:
             frame = self._explained_before(state, explainer, latents)
             if frame is not None:
-                yield self._piece(EXPLAIN, state, explainer.name, None)
+                yield self._piece(EXPLAIN, state, explainer, None)
             else:
                 answers: list[Explanation] = []
                 explaining = self._explaining.explanations(state.cell, explainer, latents)
-                piece = self._piece(EXPLAIN, state, explainer.name, _kept(explaining, answers))
+                piece = self._piece(EXPLAIN, state, explainer, _kept(explaining, answers))
                 yield piece
                 deque(piece.asked, maxlen=0)
                 frame = explanations_frame(answers)
-            frame = self._stand_ins(explainer.name, frame)
+            frame = self._stand_ins(explainer, frame)
             if frame.filter(pl.col("reason") == "not_recorded").is_empty():
-                state.explanations[explainer.name] = frame
+                state.explanations[explainer] = frame
 
     def _explained_before(
-        self, state: _Cell, explainer: Explainer, latents: list[int]
+        self, state: _Cell, explainer: str, latents: list[int]
     ) -> pl.DataFrame | None:
         if state.made is not None:
-            return self.store.table(state.made.blob(f"{EXPLANATIONS.name}/{explainer.name}"))
+            return self.store.table(state.made.blob(f"{EXPLANATIONS.name}/{explainer}"))
         parameters = self._explaining.part_parameters(state.cell, explainer, latents)
-        part = self._explaining.stage.found_part(explainer.name, parameters)
+        part = self._explaining.stage.found_part(explainer, parameters)
         return None if part is None else self.store.table(part.blob)
 
     def _score(self, state: _Cell, name: str, work: ScoringWork) -> Iterator[Piece]:
-        for explainer in self.study.explainers:
+        for explainer in work.part_names:
             if self._is_scored(state, explainer, work):
                 yield self._piece(name, state, explainer, None)
-            elif explainer not in state.explanations:
-                yield self._piece(name, state, explainer, iter(()), waits=True)
-            else:
+                continue
+            if explainer == NO_EXPLAINER:
+                explained = work.explained(state.cell, explainer)
+            elif explainer in state.explanations:
                 frame = state.explanations[explainer]
                 explained = Explained(frame, state.selection, state.donors)
-                judging = work.verdicts(state.cell, explainer, explained)
-                piece = self._piece(name, state, explainer, judging)
-                yield piece
-                deque(piece.asked, maxlen=0)
+            else:
+                yield self._piece(name, state, explainer, iter(()), waits=True)
+                continue
+            judging = work.verdicts(state.cell, explainer, explained)
+            piece = self._piece(name, state, explainer, judging)
+            yield piece
+            deque(piece.asked, maxlen=0)
 
     def _is_scored(self, state: _Cell, explainer: str, work: ScoringWork) -> bool:
-        if state.made is None:
-            return False
-        work.stage.take(EXPLAIN, state.cell, state.made)
+        if explainer != NO_EXPLAINER:
+            if state.made is None:
+                return False
+            work.stage.take(EXPLAIN, state.cell, state.made)
         if work.stage.made(state.cell) is not None:
             return True
         parameters = work.part_parameters(state.cell, explainer)
@@ -307,9 +274,45 @@ class Survey:
         *,
         waits: bool = False,
     ) -> Piece:
-        model = self._explainer if stage == EXPLAIN else self._judge
-        asked = iter(()) if answering is None else _heard(model, answering, state.pending)
+        asked = iter(()) if answering is None else self._asked(answering, state.pending)
+        model = self._llms[self._part(stage, explainer)]
         return Piece(stage, state.cell, explainer, model, answering is None, waits, asked)
+
+    def _part(self, stage: str, explainer: str) -> LLMPart:
+        """The part of the model that is asked first; of any, where none is."""
+        parts = parts_asked(self.study, stage)
+        if stage == EXPLAIN:
+            parts = parts_of_explainer(self.study.explainers[explainer]) or parts
+        return parts[0] if parts else next(iter(self._llms))
+
+    def _asked(self, answering: Iterator[object], pending: set[int]) -> Iterator[Asked]:
+        """What models are asked while somebody goes through their answers.
+
+        Each call is pending once: a run would find the second one under way or in the journal.
+        """
+        self._heard.clear()
+        is_over = False
+        while not is_over:
+            is_over = next(answering, _OVER) is _OVER
+            while self._heard:
+                model, request, completion = self._heard.popleft()
+                short = int(completion.call_id[:16], 16)  # a set of numbers is half as large
+                is_pending = completion.reason == "not_recorded" and short not in pending
+                if is_pending:
+                    pending.add(short)
+                yield Asked(model, request, completion.call_id, completion, is_pending)
+
+    def _open_models(self, opening: ExitStack) -> dict[LLMPart, Replayed]:
+        """A model for every part that some stage asks; alike ones are one."""
+        models: dict[LLMPart, Replayed] = {}
+        for part in all_parts_asked(self.study, stages_that_ask(self.study)):
+            config = llm_config(self.study, part)
+            alike = [model for model in models.values() if model.config == config]
+            if not alike:
+                alike = [Replayed(config, self._journal, self._heard)]
+                opening.callback(alike[0].close)
+            models[part] = alike[0]
+        return models
 
     def _upstream_stages(self) -> dict[str, StageInputs]:
         model, corpus = SubjectModels().of(self.study), Corpora().of(self.study)
@@ -321,36 +324,35 @@ class Survey:
         return {
             name: StageInputs.of(self.store, self.study, name, external=external)
             for name in _UPSTREAM
+            if name != "interventions" or self.study.intervenes
         }
 
     def _coder_version(self, place: Place) -> str:
         assert isinstance(place, LayerKey)  # the scope of sparse_coders
         return self._coders.identity(self.study, place)
 
-    def _explaining_work(self, detokenizer: Detokenizer) -> ExplainingWork:
+    def _explaining_work(self) -> ExplainingWork:
+        parts = parts_asked(self.study, EXPLAIN)
+        llms: dict[LLMPart, LLM] = {part: self._llms[part] for part in parts}
+        subject = SubjectModels().of(self.study)
+        asked = {part: llm.identity for part, llm in llms.items()}
+        if self.study.shows_promoted:
+            asked["subject_model"] = subject.identity()
         stage = StageInputs.of(
             self.store,
             self.study,
             EXPLAIN,
-            models={"explainer_llm": self._explainer.identity},
+            models=asked,
             external={"sparse_coders": self._coder_version},
         )
-        explainers = [make_explainer(name, c) for name, c in self.study.explainers.items()]
-        return ExplainingWork(
-            stage,
-            self.study,
-            explainers,
-            self._explainer,
-            self._coders,
-            detokenizer,
-            self._progress,
-        )
+        return ExplainingWork(stage, self.study, llms, self._coders, subject, self._progress)
 
     def _scoring_work(self, stage_name: str, detokenizer: Detokenizer) -> ScoringWork:
-        models = {"judge": self._judge.identity}
-        stage = StageInputs.of(self.store, self.study, stage_name, models=models)
+        (part,) = parts_asked(self.study, stage_name)
+        llm = self._llms[part]
+        stage = StageInputs.of(self.store, self.study, stage_name, models={part: llm.identity})
         name = stage_name.removeprefix("score_")
-        verdicts = labelling(name, self.study, detokenizer, self._coders, self._judge)
+        verdicts = answering(name, self.study, detokenizer, self._coders, llm)
         return ScoringWork(stage, self.study, verdicts, self._progress)
 
 
@@ -358,19 +360,3 @@ def _kept(answers: Iterator[Explanation], kept: list[Explanation]) -> Iterator[E
     for answer in answers:
         kept.append(answer)
         yield answer
-
-
-def _heard(model: Replayed, answering: Iterator[object], pending: set[int]) -> Iterator[Asked]:
-    """What a model is asked while somebody goes through its answers.
-
-    Each call is pending once: a run would find the second one under way or in the journal.
-    """
-    model.heard.clear()
-    for _ in answering:
-        while model.heard:
-            request, completion = model.heard.popleft()
-            short = int(completion.call_id[:16], 16)  # a set of numbers is half as large
-            is_pending = completion.reason == "not_recorded" and short not in pending
-            if is_pending:
-                pending.add(short)
-            yield Asked(request, completion.call_id, completion, is_pending)

@@ -11,11 +11,18 @@ import polars as pl
 from autointerp_dagster.adapters.llm.counting import PromptCounter, completion_tokens, open_tokens
 from autointerp_dagster.adapters.llm.ledger import SpendFile
 from autointerp_dagster.adapters.storage import Store
-from autointerp_dagster.core.config import LatentSample, LLMConfig, RemoteLLMConfig
+from autointerp_dagster.core.config import (
+    BestOfNExplainerConfig,
+    LatentSample,
+    LLMConfig,
+    RefineExplainerConfig,
+    RemoteLLMConfig,
+)
 from autointerp_dagster.core.llm import Request
 from autointerp_dagster.core.types import Cell, Progress, silent
-from autointerp_dagster.resources.pending import EXPLAIN, Asked, Piece, Survey
+from autointerp_dagster.resources.pending import Asked, Piece, Replayed, Survey
 from autointerp_dagster.study import Study
+from autointerp_dagster.study.stages import STAGES
 
 N_COUNTED = 4096
 """Latents whose prompts are tokenized, about; more are scaled up from a hashed sample of them."""
@@ -32,7 +39,10 @@ class StagePlan:
     """What one stage still asks."""
 
     stage: str
+    """A stage that asks several models has a plan for each."""
     model: str
+    is_paid: bool
+    """Whether the model is behind a server, so that budgets count it."""
     n_cells: int
     """Looked at: with records, within the coder."""
     n_pending_cells: int
@@ -99,14 +109,14 @@ def plan_study(
     stand_ins = _StandIns()
     counters = _Counters(_share(study, cells))
     with Survey(study, store, cells, stand_ins=stand_ins.fill, progress=progress) as survey:
-        tallies = {name: _Tally(name) for name in survey.stages}
+        tallies = _Tallies(counters)
         stand_ins.survey = survey
         for piece in survey.pieces():
-            if piece.stage in tallies:
-                tallies[piece.stage].add(piece, counters)
-        stages = tuple(tally.plan(counters, stand_ins) for tally in tallies.values() if tally.cells)
+            if piece.stage in survey.stages:
+                tallies.add(piece)
+        stages = tuple(tally.plan(counters, stand_ins) for tally in tallies.in_order())
         without = tuple(survey.without_records)
-    notes = [*stand_ins.notes(), *counters.notes()]
+    notes = [*stand_ins.notes(), *counters.notes(), *_later_notes(study)]
     return StudyPlan(stages, tuple(_budgets(study, store, stages)), without, tuple(notes))
 
 
@@ -180,12 +190,11 @@ class _Counters:
         """Of units whose tokens are counted."""
         self._by_identity: dict[str, PromptCounter] = {}
 
-    def of(self, piece: Piece) -> PromptCounter:
-        """The counter of the model that a piece asks."""
-        identity = piece.model.identity
-        if identity not in self._by_identity:
-            self._by_identity[identity] = PromptCounter(open_tokens(piece.model.config))
-        return self._by_identity[identity]
+    def of(self, model: Replayed) -> PromptCounter:
+        """The counter of a model."""
+        if model.identity not in self._by_identity:
+            self._by_identity[model.identity] = PromptCounter(open_tokens(model.config))
+        return self._by_identity[model.identity]
 
     def is_counted(self, request: Request) -> bool:
         """Whether a request's unit is in the sample."""
@@ -201,11 +210,40 @@ class _Counters:
         return [f"Tokens are counted for {self.share:.2%} of the latents, drawn by hash."]
 
 
+class _Tallies:
+    """Sums by stage and model."""
+
+    def __init__(self, counters: _Counters) -> None:
+        self._counters = counters
+        self._found: dict[tuple[str, str], _Tally] = {}
+
+    def add(self, piece: Piece) -> None:
+        """Go through the questions of a piece."""
+        tally = self._of(piece.stage, piece.model)
+        tally.cells.add(piece.cell)
+        if not piece.is_done:
+            tally.pending_cells.add(piece.cell)
+        for asked in piece.asked:
+            tally = self._of(piece.stage, asked.model)
+            tally.cells.add(piece.cell)
+            tally.pending_cells.add(piece.cell)
+            tally.add(piece, asked, self._counters)
+
+    def in_order(self) -> list["_Tally"]:
+        """Those of a stage together, in the order of the data."""
+        stages = list(STAGES)
+        return sorted(self._found.values(), key=lambda tally: stages.index(tally.stage))
+
+    def _of(self, stage: str, model: Replayed) -> "_Tally":
+        return self._found.setdefault((stage, model.identity), _Tally(stage, model))
+
+
 @dataclass(slots=True)
 class _Tally:
-    """Sums over one stage."""
+    """Sums over what one stage asks one model."""
 
     stage: str
+    model: Replayed
     cells: set[Cell] = field(default_factory=set)
     pending_cells: set[Cell] = field(default_factory=set)
     n_known: int = 0
@@ -218,22 +256,13 @@ class _Tally:
     n_prose: dict[str, int] = field(default_factory=dict)
     """Requests for prose, by explainer."""
     max_tokens: dict[str, int] = field(default_factory=dict)
-    last: Piece | None = None
 
-    def add(self, piece: Piece, counters: _Counters) -> None:
-        """Go through the questions of a piece."""
-        self.cells.add(piece.cell)
-        self.last = piece
-        if not piece.is_done:
-            self.pending_cells.add(piece.cell)
-        for asked in piece.asked:
-            if asked.is_pending:
-                self._add(piece, asked, counters)
-            else:
-                self.n_known += 1
-
-    def _add(self, piece: Piece, asked: Asked, counters: _Counters) -> None:
-        request, counter = asked.request, counters.of(piece)
+    def add(self, piece: Piece, asked: Asked, counters: _Counters) -> None:
+        """Count one question."""
+        if not asked.is_pending:
+            self.n_known += 1
+            return
+        request, counter = asked.request, counters.of(self.model)
         self.n_requests += 1
         is_first = self.n_counted == 0  # so that there is always one to scale up from
         if is_first or counters.is_counted(request):
@@ -249,15 +278,15 @@ class _Tally:
 
     def plan(self, counters: _Counters, stand_ins: _StandIns) -> StagePlan:
         """The sums, scaled up to all requests, with their price."""
-        assert self.last is not None
         scale = self.n_requests / self.n_counted if self.n_counted else 0.0
-        config = self.last.model.config
+        config = self.model.config
         prompt, shared = round(self.prompt * scale), round(self.shared * scale)
         prose, how = self._prose(stand_ins)
         written = round(self.completion * scale + prose)
         return StagePlan(
             stage=self.stage,
             model=model_name(config),
+            is_paid=isinstance(config, RemoteLLMConfig),
             n_cells=len(self.cells),
             n_pending_cells=len(self.pending_cells),
             n_known=self.n_known,
@@ -268,7 +297,7 @@ class _Tally:
             usd=_usd(config, prompt, 0, written),
             usd_cached=_usd_cached(config, prompt, shared, written),
             n_counted=self.n_counted,
-            counted_by=counters.of(self.last).tokens.description,
+            counted_by=counters.of(self.model).tokens.description,
             completions_by=how,
         )
 
@@ -284,6 +313,22 @@ class _Tally:
                 hows.append(f"{name}: mean of earlier answers, {mean:.0f}")
             total += n * mean
         return total, "; ".join(hows) or "the length of the list of labels"
+
+
+def _later_notes(study: Study) -> list[str]:
+    """Questions that depend on answers, and so are not counted before those are there."""
+    selecting = (BestOfNExplainerConfig, RefineExplainerConfig)
+    names = [name for name, c in study.explainers.items() if isinstance(c, selecting)]
+    notes = [
+        f"Explainer {name!r} judges what was written, so only its open first questions are counted."
+        for name in names
+    ]
+    if study.scoring is not None:
+        notes.append(
+            "scoring is adaptive: detection and fuzzing are counted up to the first prompts whose "
+            "answers decide whether more are asked."
+        )
+    return notes
 
 
 def model_name(config: LLMConfig) -> str:
@@ -316,12 +361,7 @@ def _share(study: Study, cells: Sequence[Cell]) -> float:
 
 def _budgets(study: Study, store: Store, stages: Iterable[StagePlan]) -> Iterable[BudgetPlan]:
     """The limits that there are. Models in this process cost nothing."""
-    models = (study.models.explainer, study.models.judge)
-    is_paid = {
-        EXPLAIN: isinstance(models[0], RemoteLLMConfig),
-        "score": isinstance(models[1], RemoteLLMConfig),
-    }
-    paid = [s for s in stages if is_paid[EXPLAIN if s.stage == EXPLAIN else "score"]]
+    paid = [stage for stage in stages if stage.is_paid]
     tokens = sum(s.prompt_tokens + s.completion_tokens for s in paid)
     usd = sum(s.usd for s in paid)
     budget = study.budget

@@ -9,14 +9,13 @@ from autointerp_dagster.adapters.coders import check_fits
 from autointerp_dagster.adapters.llm import open_backend
 from autointerp_dagster.core.config import LLMConfig
 from autointerp_dagster.core.errors import LLMError, StudyError
-from autointerp_dagster.core.explainers import make_explainer
-from autointerp_dagster.core.scorers import LABEL_SCORERS
 from autointerp_dagster.resources.coders import Coders
 from autointerp_dagster.resources.corpora import Corpora
 from autointerp_dagster.resources.embedders import Embedders
 from autointerp_dagster.resources.models import SubjectModels
 from autointerp_dagster.resources.pending import stages_that_ask
 from autointerp_dagster.study import Study
+from autointerp_dagster.study.parameters import llm_configs
 from autointerp_dagster.study.stages import STAGES
 
 REPLAY_TAG = "autointerp/replay"
@@ -49,9 +48,9 @@ def check_study(study: Study, stages: Collection[str]) -> None:
         AutoInterpError: The first thing that does not fit; names file, key, value and remedy.
     """
     corpus = Corpora().of(study)
-    for config in _models_asked(study, stages):
+    for config in llm_configs(study, stages):
         _check_llm(study, config)
-    if "score_embedding" in stages:
+    if {"score_embedding", "score_example_embedding"} & set(stages):
         _ = Embedders().of(study).identity
     for _ in corpus.documents():
         pass
@@ -66,16 +65,6 @@ def check_study(study: Study, stages: Collection[str]) -> None:
                 f"study {study.name}: latents: {beyond[0]} is not a latent of {layer}, whose coder "
                 f"has {loaded.coder.num_latents}. Remove it from the list."
             )
-
-
-def _models_asked(study: Study, stages: Collection[str]) -> list[LLMConfig]:
-    asked: list[LLMConfig] = []
-    explains = any(make_explainer(n, c).asks_a_model for n, c in study.explainers.items())
-    if "explanations" in stages and explains:
-        asked.append(study.models.explainer)
-    if {f"score_{name}" for name in LABEL_SCORERS} & set(stages):
-        asked.append(study.models.judge or study.models.explainer)
-    return [config for i, config in enumerate(asked) if config not in asked[:i]]
 
 
 def _check_llm(study: Study, config: LLMConfig) -> None:

@@ -7,14 +7,21 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from autointerp_dagster.core.config import (
+    AdaptiveConfig,
+    BestOfNExplainerConfig,
     CoderConfig,
+    ContrastiveExplainerConfig,
     CorpusConfig,
+    DefaultExplainerConfig,
     ExplainerConfig,
     FloorsConfig,
+    InterventionsConfig,
     LatentSelection,
     MetricsConfig,
     ModelsConfig,
+    OutputExplainerConfig,
     Parameters,
+    RefineExplainerConfig,
     RemoteLLMConfig,
     SamplingConfig,
     ScorersConfig,
@@ -65,7 +72,12 @@ class Study(Parameters, frozen=True):
     sampling: SamplingConfig = SamplingConfig()
     explainers: dict[str, ExplainerConfig] = Field(min_length=1)
     """Explainers by name."""
+    interventions: InterventionsConfig = InterventionsConfig()
+    """How the model is steered, where the intervention scorer or an ``output`` explainer asks."""
     scorers: ScorersConfig = ScorersConfig()
+    scoring: AdaptiveConfig | None = None
+    """Ask detection and fuzzing in rounds, until a latent's score is sure enough; null: all test
+    windows of every latent."""
     floors: FloorsConfig = FloorsConfig()
     metrics: MetricsConfig = MetricsConfig()
     budget: BudgetConfig = BudgetConfig()
@@ -129,7 +141,11 @@ class Study(Parameters, frozen=True):
 
     @model_validator(mode="after")
     def _check_prices(self) -> "Study":
-        models = {"explainer": self.models.explainer, "judge": self.models.judge}
+        models = {
+            "explainer": self.models.explainer,
+            "judge": self.models.judge,
+            "base_lm": self.models.base_lm,
+        }
         limits = ("usd", "study_usd")
         limit = next((n for n in limits if getattr(self.budget, n) is not None), None)
         for part, config in models.items():
@@ -165,9 +181,97 @@ class Study(Parameters, frozen=True):
                 f"sampling.window_len: {self.sampling.window_len} does not divide "
                 f"tokens.context_len {self.tokens.context_len}."
             )
-        if self.scorers.embedding is not None and self.models.embedder is None:
-            raise ValueError(
-                "scorers.embedding: needs models.embedder, e.g. "
-                "{source: 'embedded:all-minilm-l6-v2', query_prefix: ''}."
-            )
         return self
+
+    @model_validator(mode="after")
+    def _check_scorers(self) -> "Study":
+        for name in self.scorers.asked:
+            unknown = [
+                e for e in self.scorers.of(name).explainers or () if e not in self.explainers
+            ]
+            if unknown:
+                raise ValueError(
+                    f"scorers.{name}.explainers: {unknown[0]!r} is none of {list(self.explainers)}."
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_models(self) -> "Study":
+        scorers = self.scorers
+        for name in ("embedding", "example_embedding"):
+            if getattr(scorers, name) is not None and self.models.embedder is None:
+                raise ValueError(
+                    f"scorers.{name}: needs models.embedder, e.g. "
+                    "{source: 'embedded:all-minilm-l6-v2', query_prefix: ''}."
+                )
+        simulates = scorers.simulation is not None and scorers.simulation.mode == "all_at_once"
+        wanted = {
+            "scorers.surprisal": scorers.surprisal is not None,
+            "scorers.intervention": scorers.intervention is not None,
+            "scorers.simulation (mode: all_at_once)": simulates,
+            "explainers (kind: output)": bool(self.output_explainers),
+        }
+        for part, is_wanted in wanted.items():
+            if is_wanted and self.models.base_lm is None:
+                raise ValueError(
+                    f"{part}: needs models.base_lm, a model that continues plain text, e.g. "
+                    "{source: 'embedded:smollm2-135m-instruct'}."
+                )
+        for name, config in self.output_explainers.items():
+            if config.kl is not None and config.kl not in self.interventions.kl:
+                raise ValueError(
+                    f"explainers.{name}.kl: {config.kl} is none of interventions.kl "
+                    f"{list(self.interventions.kl)}."
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_windows_of_explainers(self) -> "Study":
+        sampling = self.sampling
+        can_select = bool(
+            sampling.n_select and sampling.n_negative_select and sampling.select_share
+        )
+        for name, config in self.explainers.items():
+            if (
+                isinstance(config, BestOfNExplainerConfig | RefineExplainerConfig)
+                and not can_select
+            ):
+                raise ValueError(
+                    f"explainers.{name}: {config.kind} chooses by windows of the select split, and "
+                    "there would be none. Set sampling.n_select, n_negative_select and "
+                    "select_share above 0."
+                )
+            if isinstance(config, ContrastiveExplainerConfig) and not sampling.n_negative_train:
+                raise ValueError(
+                    f"explainers.{name}: contrastive shows non-activating train windows, and there "
+                    "would be none. Set sampling.n_negative_train above 0."
+                )
+        return self
+
+    @property
+    def output_explainers(self) -> dict[str, OutputExplainerConfig]:
+        """Those explainers that read interventions, by name."""
+        return {
+            name: config
+            for name, config in self.explainers.items()
+            if isinstance(config, OutputExplainerConfig)
+        }
+
+    @property
+    def shows_promoted(self) -> bool:
+        """Whether an explainer is shown the tokens that latents promote."""
+        return any(
+            isinstance(config, DefaultExplainerConfig) and config.show_promoted
+            for config in self.explainers.values()
+        )
+
+    @property
+    def matches_coders(self) -> bool:
+        """Whether latents of several coders at one hookpoint are matched and compared."""
+        hookpoints = [layer.hookpoint for layer in self.layer_keys]
+        return len(set(hookpoints)) < len(hookpoints) and self.models.embedder is not None
+
+    @property
+    def intervenes(self) -> bool:
+        """Whether the model is steered at all."""
+        return self.scorers.intervention is not None or bool(self.output_explainers)

@@ -4,12 +4,26 @@ Goes into fingerprints (together with the identities of the models that were ask
 Dagster's code version, so that an edited study or prompt shows as stale before anything is run.
 """
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
-from autointerp_dagster.core.config import Parameters
+from autointerp_dagster.core.config import (
+    BestOfNExplainerConfig,
+    ExplainerConfig,
+    LLMConfig,
+    OutputExplainerConfig,
+    Parameters,
+    RefineExplainerConfig,
+    TopTokensExplainerConfig,
+)
 from autointerp_dagster.core.explainers import make_explainer
-from autointerp_dagster.core.scorers import SCORERS
+from autointerp_dagster.core.explainers.output import VERSION as OUTPUT_VERSION
+from autointerp_dagster.core.scorers import EXPLANATION_FREE, LABEL_SCORERS, SCORERS
+from autointerp_dagster.core.selection import VERSION as SELECTION_VERSION
 from autointerp_dagster.study.model import Study
+
+LLMPart = Literal["explainer", "judge", "base_lm"]
+"""The part that a language model plays in a study; its key in ``models``."""
 
 _SCORE = "score_"
 
@@ -17,39 +31,127 @@ _SCORE = "score_"
 def parameters_of(study: Study, stage: str) -> dict[str, Any]:
     """The parameters of one stage with the versions of its prompts; JSON-ready."""
     if stage.startswith(_SCORE):
-        name = stage.removeprefix(_SCORE)
-        config = getattr(study.scorers, name)
-        return {**config.identity(), "scorer": SCORERS[name].VERSION}
+        return _scorer_parameters(study, stage.removeprefix(_SCORE))
     match stage:
         case "token_dataset":
             return study.tokens.identity()
         case "latent_records":
             return study.sampling.identity()
+        case "interventions":
+            return {**_selection_parameters(study), **study.interventions.identity()}
         case "explanations":
             return {
-                "latents": study.latents_identity,
-                "floors": study.floors.identity(),
-                "min_tokens": study.sampling.min_tokens,  # decides which latents may be floors
+                **_selection_parameters(study),
                 "explainers": {
-                    name: {**config.identity(), "version": make_explainer(name, config).version}
+                    name: {**config.identity(), "version": explainer_version(config)}
                     for name, config in study.explainers.items()
                 },
             }
         case "latent_metrics":
-            return {"confidence": study.metrics.confidence}
+            asked = {name: study.scorers.of(name) for name in study.scorers.asked}
+            return {
+                **study.metrics.identity(),
+                "scorers": {
+                    name: {field: config.identity()[field] for field in ("latents", "explainers")}
+                    for name, config in asked.items()
+                },
+                "scoring": None if study.scoring is None else study.scoring.identity(),
+                "strategy": study.sampling.strategy,
+            }
         case "layer_metrics" | "study_metrics":
             return study.metrics.identity()
     return {}
 
 
+def explainer_version(config: ExplainerConfig) -> str:
+    """Changes whenever the same record could get another question or another text."""
+    match config:
+        case BestOfNExplainerConfig() | RefineExplainerConfig():
+            return SELECTION_VERSION
+        case OutputExplainerConfig():
+            return OUTPUT_VERSION
+        case _:
+            return make_explainer(config.kind, config).version
+
+
+def parts_of_explainer(config: ExplainerConfig) -> tuple[LLMPart, ...]:
+    """The language models that an explainer asks, the one that writes first."""
+    match config:
+        case TopTokensExplainerConfig():
+            return ()
+        case OutputExplainerConfig():
+            return ("base_lm",)
+        case BestOfNExplainerConfig() | RefineExplainerConfig():
+            return ("explainer", "judge")
+        case _:
+            return ("explainer",)
+
+
+def parts_asked(study: Study, stage: str) -> tuple[LLMPart, ...]:
+    """The language models that a stage of a study asks, each once."""
+    match stage:
+        case "explanations":
+            explainers = study.explainers.values()
+            return _distinct([part for c in explainers for part in parts_of_explainer(c)])
+        case "score_detection" | "score_fuzzing" | "score_intruder":
+            return ("judge",)
+        case "score_surprisal" | "score_intervention":
+            return ("base_lm",)
+        case "score_simulation":
+            simulation = study.scorers.simulation
+            is_plain = simulation is not None and simulation.mode == "all_at_once"
+            return ("base_lm",) if is_plain else ("judge",)
+    return ()
+
+
+def all_parts_asked(study: Study, stages: Iterable[str]) -> tuple[LLMPart, ...]:
+    """The language models that some stages ask, each once."""
+    return _distinct([part for name in stages for part in parts_asked(study, name)])
+
+
+def llm_configs(study: Study, stages: Iterable[str]) -> list[LLMConfig]:
+    """The descriptions of the language models that some stages ask; alike ones once."""
+    configs = [llm_config(study, part) for part in all_parts_asked(study, stages)]
+    return [config for i, config in enumerate(configs) if config not in configs[:i]]
+
+
+def llm_config(study: Study, part: LLMPart) -> LLMConfig:
+    """The language model that plays a part; who is not named is checked by the study."""
+    config = getattr(study.models, part)
+    assert config is not None, part
+    return config
+
+
 def models_asked(study: Study, stage: str) -> dict[str, Any]:
     """The models that a stage asks and that are no input of it, as the study describes them."""
-    models = study.models
     asked: dict[str, Parameters | None] = {
-        "explanations": models.explainer,
-        "score_detection": models.judge,
-        "score_fuzzing": models.judge,
-        "score_embedding": models.embedder,
+        part: llm_config(study, part) for part in parts_asked(study, stage)
     }
-    config = asked.get(stage)
-    return {} if config is None else config.identity()
+    embeds = stage in ("score_embedding", "score_example_embedding")
+    if embeds or (stage == "study_metrics" and study.matches_coders):
+        asked["embedder"] = study.models.embedder
+    if stage == "explanations" and study.shows_promoted:
+        asked["subject"] = study.models.subject
+    return {part: config.identity() for part, config in asked.items() if config is not None}
+
+
+def _distinct(parts: Sequence[LLMPart]) -> tuple[LLMPart, ...]:
+    return tuple(part for i, part in enumerate(parts) if part not in parts[:i])
+
+
+def _scorer_parameters(study: Study, name: str) -> dict[str, Any]:
+    parameters = {**study.scorers.of(name).identity(), "scorer": SCORERS[name].VERSION}
+    if name in LABEL_SCORERS and study.scoring is not None:
+        parameters["scoring"] = study.scoring.identity()
+        parameters["confidence"] = study.metrics.confidence
+    if name in EXPLANATION_FREE:
+        parameters |= _selection_parameters(study)
+    return parameters
+
+
+def _selection_parameters(study: Study) -> dict[str, Any]:
+    return {
+        "latents": study.latents_identity,
+        "floors": study.floors.identity(),
+        "min_tokens": study.sampling.min_tokens,  # decides which latents may be floors
+    }

@@ -82,10 +82,31 @@ STAGES: dict[str, Stage] = {
             description="Windows with their split, and statistics, of every latent.",
         ),
         Stage(
-            "explanations",
+            "interventions",
             "cell",
             "1",
-            ("token_dataset", "sparse_coders", "activation_cache", "latent_records"),
+            (
+                "subject_model",
+                "sparse_coders",
+                "token_dataset",
+                "activation_cache",
+                "latent_records",
+            ),
+            pool="gpu",
+            kinds=("pytorch", "parquet"),
+            description="What the model writes when it is steered along a latent.",
+        ),
+        Stage(
+            "explanations",
+            "cell",
+            "2",
+            (
+                "token_dataset",
+                "sparse_coders",
+                "activation_cache",
+                "latent_records",
+                "interventions",
+            ),
             pool="llm",
             kinds=("openai", "parquet"),
             description="What each selected latent responds to, in words, by each explainer.",
@@ -93,7 +114,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "score_detection",
             "cell",
-            "1",
+            "2",
             ("token_dataset", "latent_records", "explanations"),
             pool="llm",
             kinds=("openai", "parquet"),
@@ -102,30 +123,122 @@ STAGES: dict[str, Stage] = {
         Stage(
             "score_fuzzing",
             "cell",
-            "1",
+            "2",
             ("token_dataset", "latent_records", "explanations"),
             pool="llm",
             kinds=("openai", "parquet"),
             description="A judge says in which windows every marked token fits the explanation.",
         ),
         Stage(
-            "score_embedding",
+            "score_surprisal",
             "cell",
             "1",
-            ("token_dataset", "latent_records", "explanations"),
+            (
+                "token_dataset",
+                "latent_records",
+                "explanations",
+            ),
+            pool="llm",
+            kinds=(
+                "openai",
+                "parquet",
+            ),
+            description="Windows ranked by how much likelier the explanation makes them.",
+        ),
+        Stage(
+            "score_embedding",
+            "cell",
+            "2",
+            (
+                "token_dataset",
+                "latent_records",
+                "explanations",
+            ),
             pool="gpu",
-            kinds=("pytorch", "parquet"),
+            kinds=(
+                "pytorch",
+                "parquet",
+            ),
             description="Windows ranked by the similarity of their embedding to the explanation's.",
+        ),
+        Stage(
+            "score_simulation",
+            "cell",
+            "1",
+            (
+                "token_dataset",
+                "latent_records",
+                "explanations",
+            ),
+            pool="llm",
+            kinds=(
+                "openai",
+                "parquet",
+            ),
+            description="The activation of every token, predicted from the explanation.",
+        ),
+        Stage(
+            "score_intruder",
+            "cell",
+            "1",
+            (
+                "token_dataset",
+                "activation_cache",
+                "latent_records",
+            ),
+            pool="llm",
+            kinds=(
+                "openai",
+                "parquet",
+            ),
+            description="A judge finds the window that does not belong; no explanation needed.",
+        ),
+        Stage(
+            "score_example_embedding",
+            "cell",
+            "1",
+            (
+                "token_dataset",
+                "activation_cache",
+                "latent_records",
+            ),
+            pool="gpu",
+            kinds=(
+                "pytorch",
+                "parquet",
+            ),
+            description="Test windows ranked by their nearness to train windows.",
+        ),
+        Stage(
+            "score_intervention",
+            "cell",
+            "1",
+            (
+                "interventions",
+                "explanations",
+            ),
+            pool="llm",
+            kinds=(
+                "openai",
+                "parquet",
+            ),
+            description="How much less surprising an explanation is after steered text.",
         ),
         Stage(
             "latent_metrics",
             "cell",
-            "1",
+            "2",
             (
+                "latent_records",
                 "explanations",
                 "score_detection",
                 "score_fuzzing",
+                "score_surprisal",
                 "score_embedding",
+                "score_simulation",
+                "score_intruder",
+                "score_example_embedding",
+                "score_intervention",
             ),
             kinds=("polars", "parquet"),
             description="Scores of each latent with intervals and floors.",
@@ -133,7 +246,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "layer_metrics",
             "layer",
-            "1",
+            "2",
             ("latent_records", "latent_metrics"),
             kinds=("polars", "parquet"),
             description="Medians, floors and counts over the latents of a layer.",
@@ -142,8 +255,14 @@ STAGES: dict[str, Stage] = {
         Stage(
             "study_metrics",
             "study",
-            "3",
-            ("latent_metrics", "layer_metrics"),
+            "4",
+            (
+                "sparse_coders",
+                "activation_cache",
+                "explanations",
+                "latent_metrics",
+                "layer_metrics",
+            ),
             kinds=("polars", "parquet"),
             description="Own against floor, explainers, scorers, layers compared; and the cost.",
             follows=True,
@@ -152,19 +271,26 @@ STAGES: dict[str, Stage] = {
 }
 """In the order of the data."""
 
-SCORE_STAGES = ("score_detection", "score_fuzzing", "score_embedding")
+_SCORE = "score_"
+SCORE_STAGES = tuple(name for name in STAGES if name.startswith(_SCORE))
 
 
 def stages_of(study: Study) -> list[Stage]:
-    """The stages that a study has: all but the scorers that it does not ask for."""
-    asked = {f"score_{name}" for name in study.scorers.asked}
-    return [stage for stage in STAGES.values() if stage.name in asked or not _is_scorer(stage)]
+    """The stages that a study has: all but what it does not ask for."""
+    absent = {name for name in SCORE_STAGES if name.removeprefix(_SCORE) not in study.scorers.asked}
+    if not study.intervenes:
+        absent.add("interventions")
+    return [stage for stage in STAGES.values() if stage.name not in absent]
 
 
 def upstream_of(study: Study, stage: Stage) -> list[Stage]:
     """The inputs that a stage has in this study."""
-    present = {found.name for found in stages_of(study)}
-    return [STAGES[name] for name in stage.upstream if name in present]
+    absent = set(STAGES) - {found.name for found in stages_of(study)}
+    if stage.name == "explanations" and not study.output_explainers:
+        absent.add("interventions")
+    if stage.name == "study_metrics" and not study.matches_coders:
+        absent |= {"sparse_coders", "activation_cache", "explanations"}
+    return [STAGES[name] for name in stage.upstream if name not in absent]
 
 
 def places_of(study: Study, scope: Scope) -> Iterator[Place]:
@@ -186,7 +312,3 @@ def inputs_at(study: Study, place: Place, scope: Scope) -> list[Place]:
     if isinstance(place, LayerKey) and scope != "study":
         return [p for p in places_of(study, scope) if place in (p, getattr(p, "layer", None))]
     return list(places_of(study, scope))
-
-
-def _is_scorer(stage: Stage) -> bool:
-    return stage.name in SCORE_STAGES

@@ -42,6 +42,9 @@ from autointerp_dagster.core.prompts import (
     read_examples,
     read_question,
 )
+from autointerp_dagster.core.prompts.contrastive import ACTIVATING_HEADING
+from autointerp_dagster.core.prompts.intruder import INTRUDER_SYSTEM, read_intruder_question
+from autointerp_dagster.core.prompts.simulation import SIMULATION_SYSTEM, read_tokens
 
 CONTEXT_LEN, WINDOW_LEN = 64, 16
 N_DOCUMENTS, CONTEXTS_PER_DOCUMENT = 160, 2
@@ -294,9 +297,16 @@ def _words(number: int) -> Iterator[str]:
 
 def answer(messages: ChatMessages) -> str:
     """What an ideal explainer and judge says; it reads nothing but the prompt."""
-    if asked_for(messages[0]["content"]) == "explanation":
-        asked = _last_user(messages, "1. ")
+    system = messages[0]["content"]
+    if asked_for(system) == "explanation":
+        asked = _last_user(messages, "1. ", ACTIVATING_HEADING)
         return f"{FreeText().marker} {_explanation(read_examples(asked))}"
+    if system == INTRUDER_SYSTEM:
+        return _intruder(read_intruder_question(_last_user(messages, "1. ")))
+    if system == SIMULATION_SYSTEM:
+        explanation, tokens = read_tokens(_last_user(messages, DESCRIPTION_LABEL))
+        holds = _rule_of(unescape(explanation))([unescape(token).strip() for token in tokens])
+        return json.dumps([10 * int(fires) for fires in holds])
     question = read_question(_last_user(messages, DESCRIPTION_LABEL))
     rule = _rule_of(unescape(question.explanation))
     return json.dumps([int(_fits(rule, window)) for window in question.windows])
@@ -308,6 +318,16 @@ def _explanation(windows: Sequence[str]) -> str:
         if all(rule(words) == marks for words, marks in shown):
             return explanation
     return NO_RULE
+
+
+def _intruder(windows: Sequence[str]) -> str:
+    """The only window whose marks do not keep to a rule that all others keep to."""
+    shown = [read_marks(window) for window in windows]
+    for rule in RULES.values():
+        wrong = [i for i, (words, marks) in enumerate(shown) if rule(words) != marks]
+        if len(wrong) == 1:
+            return str(wrong[0] + 1)
+    return "1"
 
 
 def _fits(rule: Rule, window: str) -> bool:
@@ -334,11 +354,11 @@ def read_marks(window: str) -> tuple[list[str], list[bool]]:
     return words, marks
 
 
-def _last_user(messages: ChatMessages, start: str) -> str:
+def _last_user(messages: ChatMessages, *starts: str) -> str:
     return next(
         message["content"]
         for message in reversed(messages)
-        if message["role"] == "user" and message["content"].startswith(start)
+        if message["role"] == "user" and message["content"].startswith(starts)
     )
 
 

@@ -192,7 +192,7 @@ def test_a_scorer_that_is_not_asked_for_is_no_stage_and_no_input(tmp_path):
     assert "score_detection" in names
     assert "score_fuzzing" not in names
     inputs = [stage.name for stage in upstream_of(study, STAGES["latent_metrics"])]
-    assert inputs == ["explanations", "score_detection"]
+    assert inputs == ["latent_records", "explanations", "score_detection"]
 
 
 def test_the_demo_study_is_valid():
