@@ -1,4 +1,4 @@
-"""The commands: run, plan, batch export, batch import, status, why."""
+"""The commands: run, plan, judge, batch export, batch import, status, why, compare."""
 
 import logging
 import os
@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from autointerp_dagster.adapters.llm.batch.files import MAX_BYTES, MAX_REQUESTS
+from autointerp_dagster.adapters.ratings import read_ratings
 from autointerp_dagster.cli.batch import (
     Limits,
     export_batch,
@@ -22,12 +23,20 @@ from autointerp_dagster.cli.batch import (
     print_imported,
     readable_studies,
 )
+from autointerp_dagster.cli.compare import (
+    comparison_as_json,
+    print_comparison,
+    print_ratings,
+)
+from autointerp_dagster.cli.judge import calibration_as_json, print_calibration
 from autointerp_dagster.cli.plan import missing_records, plan_as_json, print_plan
 from autointerp_dagster.cli.report import print_report
 from autointerp_dagster.cli.run import Selection, materialize, print_dry_run, print_outcome
 from autointerp_dagster.cli.status import print_status
 from autointerp_dagster.cli.why import walk_score
 from autointerp_dagster.core.errors import AutoInterpError, StudyError
+from autointerp_dagster.resources.calibrating import N_WINDOWS, calibrate
+from autointerp_dagster.resources.comparing import compare_scores, rate_scores, read_scores
 from autointerp_dagster.resources.planning import plan_study
 from autointerp_dagster.resources.progress import on_terminal
 from autointerp_dagster.resources.store import StoreResource
@@ -147,6 +156,33 @@ def plan(
         print_plan(loaded, found, console)
 
 
+@app.command()
+@_plain_errors
+def judge(
+    study: StudyArgument,
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this scorer: detection or fuzzing; may be given several times."),
+    ] = None,
+    windows: Annotated[
+        int, typer.Option(min=2, help="Windows of each class, per latent of the pack.")
+    ] = N_WINDOWS,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for scripts.")] = False,
+) -> None:
+    """Find out in minutes what the study's judge is good for, before a run is paid.
+
+    Asks it about latents whose truth is known, with their true descriptions (ceiling) and with
+    those of others (floor), by the study's own detection and fuzzing parameters. The answers are
+    kept, so asking again is free; what is spent counts towards the study's budget.
+    """
+    loaded = _study(study)
+    found = calibrate(loaded, StoreResource().of(loaded), scorer, windows, on_terminal)
+    if as_json:
+        typer.echo(calibration_as_json(loaded, found))
+    else:
+        print_calibration(loaded, found, console)
+
+
 @batch.command("export")
 @_plain_errors
 def export(
@@ -240,6 +276,57 @@ def why(
     """
     loaded = _study(study)
     walk_score(loaded, StoreResource().of(loaded), layer, latent, scorer, manifest, console)
+
+
+@app.command()
+@_plain_errors
+def compare(
+    studies: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STUDY [STUDY ...]",
+            help="Study files or names; the first is what the others are compared with.",
+        ),
+    ],
+    ratings: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV of people's ratings: coder, hookpoint, latent, explainer, rating, and "
+            "perhaps rater, explanation. One study is enough then."
+        ),
+    ] = None,
+    layers: LayersOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for scripts.")] = False,
+) -> None:
+    """Compare finished studies over the latents that both scored, or scores with human ratings.
+
+    Pairs are made by coder, hookpoint and latent, per scorer and explainer of the same name.
+    Reads the stores alone; nothing is computed anew and no model is asked.
+    """
+    loaded = [_study(name) for name in studies]
+    if len(loaded) < 2 and ratings is None:
+        raise StudyError(
+            f"compare: got {loaded[0].name} alone, wanted two studies or more, or one with "
+            "--ratings FILE."
+        )
+    rows = None if ratings is None else read_ratings(ratings)
+    scores = [
+        read_scores(
+            study,
+            StoreResource().of(study),
+            [cell.layer for cell in Selection.of(study, layers, None, None).cells],
+        )
+        for study in loaded
+    ]
+    comparison = compare_scores(scores[0], scores[1:]) if len(scores) > 1 else None
+    rated = [] if rows is None else [rate_scores(one, rows) for one in scores]
+    if as_json:
+        typer.echo(comparison_as_json(comparison, rated))
+        return
+    if comparison is not None:
+        print_comparison(comparison, console)
+    for one in rated:
+        print_ratings(one, console)
 
 
 class _ConsoleLines(logging.Handler):

@@ -6,7 +6,7 @@ both sides scored the same latent, and resampled for the intervals.
 
 from collections.abc import Iterator
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -14,11 +14,11 @@ from jaxtyping import Float64
 from scipy import stats
 
 from autointerp_dagster.core.config import MetricsConfig
-from autointerp_dagster.core.metrics.latent import HEADLINE
+from autointerp_dagster.core.metrics.families import FAMILIES, HEADLINE
 from autointerp_dagster.core.metrics.layer import check_finite, paired_subjects
+from autointerp_dagster.core.metrics.paired import mean_difference, p_value
 from autointerp_dagster.core.metrics.resampling import (
     bootstrap_correlations,
-    bootstrap_means,
     bootstrap_medians,
     pearson,
     percentile_interval,
@@ -33,10 +33,12 @@ def study_metrics_of(latent_metrics: pl.DataFrame, config: MetricsConfig) -> pl.
     """What the study says about its subjects, explainers, scorers and layers.
 
     - ``subject``, a ``own``, b ``other``, per explainer and scorer: ``mean_difference`` over the
-      floor latents of all layers, and of each coder alone (a ``<coder>/own``, b ``<coder>/other``).
+      floor latents of all layers, and of each coder alone (a ``<coder>/own``, b ``<coder>/other``);
+      b ``random`` where there is such a subject. Not of scorers without explanations.
     - ``explainer``, per scorer: ``mean_difference`` over latents that both explained.
     - ``scorer``, per explainer: ``spearman`` and ``pearson`` over latents that both scored
-      (scorer null; the two are a and b).
+      (scorer null; the two are a and b). A scorer without explanations is paired with the scorers
+      of every explainer; two such ones with each other, explainer null.
     - ``layer``, per explainer and scorer: ``median_difference``, unpaired, between layers
       (``<coder>@<hookpoint>``) that share the coder or the hookpoint.
 
@@ -129,35 +131,29 @@ def _mean_difference(
     comparison: tuple[str, str, str, str | None, str | None],
     config: MetricsConfig,
 ) -> _Row:
-    n, unknown = len(difference), float("nan")
-    if n < 2:
-        value = float(difference[0]) if n else unknown
-        return _Row(*comparison, "mean_difference", value, unknown, unknown, unknown, n)
-    rng = _generator(config, *comparison)
-    means = bootstrap_means(difference[:, None], config.n_bootstrap, rng)[:, 0]
-    lo, hi = percentile_interval(means, config.confidence)
-    p = 1.0
-    if difference.any():
-        p = _p_value(stats.wilcoxon(difference, zero_method="zsplit"))
-    return _Row(*comparison, "mean_difference", float(difference.mean()), lo, hi, p, n)
-
-
-def _p_value(result: Any) -> float:
-    """Of a scipy test, whose results are of many types."""
-    return float(result.pvalue)
+    found = mean_difference(difference, config, _generator(config, *comparison))
+    return _Row(*comparison, "mean_difference", *found)
 
 
 def _subjects(main: pl.DataFrame, config: MetricsConfig) -> Iterator[_Row]:
+    free = [name for name, family in FAMILIES.items() if not family.needs_explanation]
+    main = main.filter(~pl.col("scorer").is_in(free))
+    for floor in ("other", "random"):
+        if floor == "other" or (main["subject"] == floor).any():
+            yield from _against_floor(main, floor, config)
+
+
+def _against_floor(main: pl.DataFrame, floor: str, config: MetricsConfig) -> Iterator[_Row]:
     on = [*_LATENT, "explainer", "scorer"]
-    pairs = paired_subjects(main, on).sort(on, nulls_last=True)
+    pairs = paired_subjects(main, on, floor).sort(on, nulls_last=True)
     asked = main.select("explainer", "scorer").unique().sort("explainer", "scorer", nulls_last=True)
     for explainer, scorer in asked.iter_rows():
         is_asked = pl.col("explainer").eq_missing(explainer) & (pl.col("scorer") == scorer)
         here = pairs.filter(is_asked)
-        names = ("subject", "own", "other", explainer, scorer)
+        names = ("subject", "own", floor, explainer, scorer)
         yield _mean_difference(here["difference"].to_numpy(), names, config)
         for coder in _names(main, "coder"):
-            names = ("subject", f"{coder}/own", f"{coder}/other", explainer, scorer)
+            names = ("subject", f"{coder}/own", f"{coder}/{floor}", explainer, scorer)
             difference = here.filter(pl.col("coder") == coder)["difference"]
             yield _mean_difference(difference.to_numpy(), names, config)
 
@@ -182,9 +178,15 @@ def _explainers(own: pl.DataFrame, config: MetricsConfig) -> Iterator[_Row]:
 
 
 def _scorers(own: pl.DataFrame, config: MetricsConfig) -> Iterator[_Row]:
-    for explainer in _names(own, "explainer"):
-        here = own.filter(pl.col("explainer") == explainer)
+    free = own.filter(pl.col("explainer").is_null())
+    free_names = _names(free, "scorer")
+    for explainer in [*_names(own, "explainer"), None]:
+        here = free
+        if explainer is not None:
+            here = pl.concat([own.filter(pl.col("explainer") == explainer), free])
         for a, b in combinations(_names(here, "scorer"), 2):
+            if explainer is not None and a in free_names and b in free_names:
+                continue
             pairs = _paired(*(here.filter(pl.col("scorer") == name) for name in (a, b)))
             names = ("scorer", a, b, explainer, None)
             yield from _correlations(
@@ -207,8 +209,8 @@ def _correlations(
     rng = _generator(config, *comparison)
     replicates = bootstrap_correlations(first, second, config.n_bootstrap, rng)
     found = {
-        "spearman": _p_value(stats.spearmanr(first, second)),
-        "pearson": _p_value(stats.pearsonr(first, second)),
+        "spearman": p_value(stats.spearmanr(first, second)),
+        "pearson": p_value(stats.pearsonr(first, second)),
     }
     ranks = (stats.rankdata(first), stats.rankdata(second))
     for index, (statistic, p) in enumerate(found.items()):
@@ -264,5 +266,5 @@ def _median_difference(
     lo, hi = percentile_interval(a.medians - b.medians, config.confidence)
     p = 1.0
     if np.ptp(np.concatenate([a.values, b.values])):
-        p = _p_value(stats.mannwhitneyu(a.values, b.values, method="asymptotic"))
+        p = p_value(stats.mannwhitneyu(a.values, b.values, method="asymptotic"))
     return _Row(*comparison, "median_difference", value, lo, hi, p, n)
