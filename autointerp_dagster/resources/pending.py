@@ -167,7 +167,7 @@ class Survey:
 
     def pieces(self) -> Iterator[Piece]:
         """Every piece of every cell: of each cell explanations first, then scores."""
-        for cell in self._cells:
+        for cell in self._cells if self.stages else ():
             if not self._has_records(cell):
                 self.without_records.append(cell)
             elif not self._explaining.stage.is_outside_coder(cell):

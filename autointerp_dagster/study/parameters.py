@@ -49,8 +49,9 @@ def parameters_of(study: Study, stage: str) -> dict[str, Any]:
             }
         case "latent_metrics":
             asked = {name: study.scorers.of(name) for name in study.scorers.asked}
+            resamples = {"n_bootstrap", "seed"} if study.scorers.simulation is not None else set()
             return {
-                **study.metrics.identity(),
+                **study.metrics.model_dump(include={"confidence", *resamples}),
                 "scorers": {
                     name: {field: config.identity()[field] for field in ("latents", "explainers")}
                     for name, config in asked.items()

@@ -150,7 +150,7 @@ def test_every_stored_table_conforms_to_its_schema(whole: Bench) -> None:
                 assert frame.equals(table.conform(frame))
                 assert frame.schema == pl.Schema(dict(table.columns))
                 checked.add(table.name)
-    assert checked == set(declared)
+    assert checked == set(declared) - {"interventions", "intervention_prompts"}
 
 
 def test_nothing_that_changes_from_run_to_run_is_in_a_table() -> None:
