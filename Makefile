@@ -23,7 +23,7 @@ demo: $(READY)  ## Interpret real latents of a real model, from raw text to scor
 	$(BIN)/autointerp run demo
 
 test: $(READY)  ## Run the tests (offline but for packages; minutes).
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 slow: $(READY)  ## Run the long tests too, against real servers (compiled on the first use).
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,servers]'

@@ -27,6 +27,7 @@ HOOKPOINT = "layers.9"
 N_LATENTS, PROMPTS_PER_LATENT = 3, 4
 STRENGTHS = (3.0, 10.0, 20.0, 30.0)
 N_TOKENS = 8
+PROMPT_LEN = 64
 NATS = 1e-4
 BAR = 5.0
 
@@ -56,7 +57,7 @@ def run() -> list[Result]:
     draws = np.random.default_rng(0).random((len(rows), N_TOKENS))
 
     def ours() -> Done:
-        model = SteeredModel(subject, coder, HOOKPOINT, prompts, latents)
+        model = SteeredModel(subject, coder, HOOKPOINT, prompts, latents, PROMPT_LEN)
         kl = [model.divergence(rows, np.full(len(rows), s)).kl for s in STRENGTHS]
         written = [
             model.continuations(rows, np.full(len(rows), s), draws, 1.0)
@@ -74,7 +75,7 @@ def run() -> list[Result]:
 def prompts_of(subject: SubjectModel) -> list[np.ndarray]:
     """Beginnings of English documents, of 8 to 64 tokens with BOS."""
     n = N_LATENTS * PROMPTS_PER_LATENT
-    lengths = np.linspace(8, 64, n).round().astype(int)
+    lengths = np.linspace(8, PROMPT_LEN, n).round().astype(int)
     texts = [document.text for document in english_documents() if len(document.text) > 600][:n]
     tokens = subject.encode([text[:600] for text in texts])
     bos = [] if subject.bos_id is None else [subject.bos_id]

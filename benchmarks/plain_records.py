@@ -132,8 +132,8 @@ class Latent:
             n_silent = getattr(config, f"n_negative_{name}")
             silent, passed_over = self._silent(code, chosen, n_silent, shown)
             n_dropped += passed_over
-            if not code:
-                shown = chosen + silent
+            if name != "test":
+                shown = [*shown, *chosen, *silent]
                 self._shown_grams = {gram for w in shown for gram in self.shared.grams_of(w)}
             chosen.sort(key=self.strength.__getitem__) if not code else self._in_rank_order(chosen)
             self._in_rank_order(silent)

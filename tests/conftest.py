@@ -5,6 +5,7 @@
 """
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+os.environ.pop("COLUMNS", None)  # workers of pytest-xdist set it, and consoles would keep to it
 
 TEXTS = (
     "The river runs past the old mill, and the mill stands on the river.",

@@ -170,7 +170,7 @@ score_intruder          cell   openai,parquet  llm  activation_cache latent_reco
 score_simulation        cell   openai,parquet  llm  explanations latent_records token_dataset
 score_surprisal         cell   openai,parquet  llm  explanations latent_records token_dataset
 sparse_coders           layer  pytorch         -
-study_metrics           study  parquet,polars  -    latent_metrics layer_metrics
+study_metrics           study  parquet,polars  -    activation_cache explanations latent_metrics layer_metrics sparse_coders
 subject_model           study  huggingface     -
 token_dataset           study  parquet         -    corpus subject_model
 """  # noqa: E501

@@ -5,17 +5,23 @@ of the undisturbed model: they are computed once and shared by every strength, e
 clean run. A try is then a forward pass over one token per prompt, with a vector of its own for each
 row, so that dozens of latents are steered in one pass.
 
-Prompts are sorted by length and padded on the right, in batches of so many rows. What is kept on
-the device is the cache and the clean log-probabilities of a group; see :func:`rows_that_fit`.
+Every pass has one of a few fixed shapes: so many rows, filled up with copies, and prompts padded on
+the right to a length that follows from their own or from the settings. What a matrix product gives
+for a row then depends neither on the other rows nor on its place among them, to the bit, so what is
+found for a latent does not depend on which others are steered along with it.
+
+What is kept on the device is the cache and the clean log-probabilities of a group; see
+:func:`rows_that_fit`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from autointerp_dagster.adapters.subject_models import SubjectModel
@@ -27,48 +33,39 @@ from autointerp_dagster.core.interventions.strength import Divergence, divergenc
 from autointerp_dagster.core.rng import hash_priority
 from autointerp_dagster.core.sparse_coders import SparseCoder
 
-BATCH_ROWS = {"cpu": 32, "cuda": 256}
-"""Prompts in one forward pass."""
+STEP_ROWS = {"cpu": 16, "cuda": 256}
+"""Prompts in one forward pass over a token each."""
+PREFIX_ROWS = {"cpu": 4, "cuda": 64}
+"""Prompts in one forward pass over all their tokens but the last."""
+PREFIX_BLOCK = 16
+"""In that pass prompts are padded to a multiple of so many tokens."""
+HEAD_BLOCK = 8192
+"""Rows of the output head that are turned into float32 at a time."""
 KEPT_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 """Memory for what is kept of a group of prompts. A latent's prompts always stay together."""
 
 
 class _Continued(NamedTuple):
-    """Where some rows of a batch stand, after zero or more tokens from their last prompt token."""
+    """Where some rows stand, after zero or more tokens from their last prompt token."""
 
     cache: DynamicCache
-    mask: Tensor
-    lengths: Tensor
-
-
-@dataclass(slots=True)
-class _Batch:
-    """Some prompts without their last tokens, right-padded, as the undisturbed model left them."""
-
-    rows: Tensor
-    """Places of the prompts in the group."""
-    cache: DynamicCache
-    """Never written to."""
     mask: Tensor
     """``[row, position]``: 1 where there is a token, 0 for padding."""
     lengths: Tensor
-    """Tokens, the last one not counted: its position."""
-    last: Tensor
-    """The last token of each prompt."""
-    clean: Tensor
-    """``[row, token]``: log-probabilities of the next token, float32."""
+    """Tokens so far: the position of the next one."""
 
-    def begun(self, places: Tensor) -> _Continued:
-        """A copy of some rows that may be continued."""
-        cache = DynamicCache()
-        for keys, values, _ in self.cache:
-            assert keys is not None
-            assert values is not None
-            layer = DynamicLayer()
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys[places], values[places]
-            cache.layers.append(layer)
-        return _Continued(cache, self.mask[places], self.lengths[places])
+
+class _Slot(NamedTuple):
+    """Rows that go through the model together; always equally many."""
+
+    rows: Tensor
+    """Places of the prompts in the group; the last ones may be copies of the first."""
+    asked: np.ndarray
+    """For each, its place in what was asked."""
+    n_asked: int
+    """Rows that are no copies."""
+    vectors: Tensor
+    """What is added to each."""
 
 
 class SteeredModel:
@@ -81,7 +78,8 @@ class SteeredModel:
         hookpoint: str,
         prompts: Sequence[np.ndarray],
         latents: Sequence[int],
-        batch_rows: int | None = None,
+        prompt_len: int,
+        step_rows: int | None = None,
     ) -> None:
         """Run the prompts once, undisturbed.
 
@@ -89,22 +87,19 @@ class SteeredModel:
             subject: Weights, on their device.
             coder: Whose latents these are; on any device.
             hookpoint: Where it was trained, and is steered; counts from the base model.
-            prompts: Tokens, at least 2 each.
+            prompts: Tokens, 2 to ``prompt_len`` each.
             latents: Of each prompt.
-            batch_rows: Prompts in one forward pass; null: what suits the device.
+            prompt_len: To which prompts are padded. It decides the last bits of all that is found,
+                so it comes from the settings, not from the prompts at hand.
+            step_rows: Prompts in one forward pass over a token each; null: what suits the device.
+                It decides last bits, too.
 
         Raises:
-            ModelError: If a prompt is too short, the hookpoint does not exist, or the clean model
-                gives NaN.
+            ModelError: If a prompt is too short or too long, the hookpoint does not exist, or the
+                clean model gives NaN.
         """
-        short = [i for i, prompt in enumerate(prompts) if len(prompt) < 2]
-        if short:
-            raise ModelError(
-                f"steering at {hookpoint!r}: prompt {short[0]} is too short "
-                f"({len(prompts[short[0]])} tokens), wanted at least 2: one before the token that "
-                "is steered. Draw longer prompts."
-            )
-        self._subject, self._hookpoint = subject, hookpoint
+        _check_lengths(hookpoint, prompts, prompt_len)
+        self._hookpoint = hookpoint
         self._model: Any = subject.model
         self._base: Any = subject.base_model
         self._device = subject.device
@@ -112,42 +107,49 @@ class SteeredModel:
         self._latents = torch.tensor(list(latents), dtype=torch.int64, device=self._device)
         known, self._direction_of = torch.unique(self._latents, return_inverse=True)
         self._directions = directions_of(coder, known.tolist()).to(self._device)
-        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-        size = batch_rows or BATCH_ROWS.get(self._device.type, BATCH_ROWS["cpu"])
-        parts = [order[i : i + size] for i in range(0, len(order), size)]
+        kind = self._device.type
+        self._step_rows = step_rows or STEP_ROWS.get(kind, STEP_ROWS["cpu"])
+        self._prefix_rows = PREFIX_ROWS.get(kind, PREFIX_ROWS["cpu"])
+        self._prefix_len = prompt_len - 1
+        last = [int(prompt[-1]) for prompt in prompts]
+        self._last = torch.tensor(last, device=self._device)
+        lengths = torch.tensor([len(prompt) - 1 for prompt in prompts])
+        mask = torch.arange(self._prefix_len) < lengths[:, None]
+        self._lengths, self._mask = lengths.to(self._device), mask.long().to(self._device)
         with torch.inference_mode():
-            self._batches = [self._prepared(part, prompts) for part in parts]
+            self._kept = self._prefixes(prompts)
+            self._clean = self._undisturbed()
 
     def activations(self) -> np.ndarray:
         """Of each prompt's latent on its last token, computed anew; 0 where it does not fire."""
-        found = np.zeros(len(self._latents), dtype=np.float32)
-        with torch.inference_mode():
-            for batch in self._batches:
-                hidden = self._hidden(batch)
-                values = activations_of(self._coder, hidden, self._latents[batch.rows])
-                found[batch.rows.cpu().numpy()] = values.float().cpu().numpy()
-        return found
+
+        def of(slot: _Slot) -> Sequence[Tensor]:
+            with captured_outputs(self._base, [self._hookpoint]) as outputs:
+                self._base(**_step(self._begun(slot.rows), self._last[slot.rows]))
+            hidden = outputs[self._hookpoint][:, -1]
+            return (activations_of(self._coder, hidden, self._latents[slot.rows]).float(),)
+
+        (found,) = self._by_slot(*self._every_row(), of)
+        return found.astype(np.float32)
 
     def divergence(self, rows: np.ndarray, strengths: np.ndarray) -> Divergence:
         """Of the next token's distribution, for each of ``rows``, nats."""
 
-        def of(batch: _Batch, places: Tensor, steered_by: Tensor) -> Sequence[Tensor]:
-            logprobs = self._first(batch, places, steered_by)
-            return divergence_between(batch.clean[places], logprobs)
+        def of(slot: _Slot) -> Sequence[Tensor]:
+            return divergence_between(self._clean[slot.rows], self._first(slot))
 
-        kl, reverse = self._by_batch(rows, strengths, of)
+        kl, reverse = self._by_slot(rows, strengths, of)
         return Divergence(kl.astype(np.float64), reverse.astype(np.float64))
 
     def rises(self, rows: np.ndarray, strengths: np.ndarray, n: int) -> Rises:
         """The ``n`` next tokens whose probability rises most, for each of ``rows``."""
 
-        def of(batch: _Batch, places: Tensor, steered_by: Tensor) -> Sequence[Tensor]:
-            logprobs = self._first(batch, places, steered_by)
-            rise = (logprobs.exp() - batch.clean[places].exp()).nan_to_num(nan=-torch.inf)
-            largest = rise.topk(min(n, rise.shape[1]), dim=-1)
+        def of(slot: _Slot) -> Sequence[Tensor]:
+            rise = self._first(slot).exp() - self._clean[slot.rows].exp()
+            largest = rise.nan_to_num(nan=-torch.inf).topk(min(n, rise.shape[1]), dim=-1)
             return largest.indices, largest.values
 
-        tokens, values = self._by_batch(rows, strengths, of)
+        tokens, values = self._by_slot(rows, strengths, of)
         return Rises(tokens.astype(np.int64), values.astype(np.float64))
 
     def continuations(
@@ -158,114 +160,153 @@ class SteeredModel:
         The vector is added at the prompt's last token and at every generated one. The number names
         the noise that a token is drawn with: see :func:`gumbel_noise`.
         """
-        drawn = torch.from_numpy(draws).to(self._device)
-        place_of = {row: i for i, row in enumerate(rows.tolist())}
 
-        def of(batch: _Batch, places: Tensor, steered_by: Tensor) -> Sequence[Tensor]:
-            mine = torch.tensor([place_of[row] for row in batch.rows[places].tolist()])
-            return (self._written(batch, places, steered_by, drawn[mine], temperature),)
+        def of(slot: _Slot) -> Sequence[Tensor]:
+            at, tokens = self._begun(slot.rows), self._last[slot.rows]
+            written = []
+            for draw in draws[slot.asked].T:
+                at, logits = self._stepped(at, tokens, slot.vectors)
+                tokens = _sampled(logits / temperature, draw)
+                written.append(tokens)
+            return (torch.stack(written, dim=1),)
 
-        (tokens,) = self._by_batch(rows, strengths, of)
+        (tokens,) = self._by_slot(rows, strengths, of)
         return tokens.astype(np.int64)
 
-    def _prepared(self, rows: Sequence[int], prompts: Sequence[np.ndarray]) -> _Batch:
-        lengths = torch.tensor([len(prompts[row]) - 1 for row in rows])
-        ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-        for i, row in enumerate(rows):
-            ids[i, : lengths[i]] = torch.from_numpy(prompts[row][:-1].astype(np.int64))
-        positions = torch.arange(ids.shape[1]).expand_as(ids)
-        mask = (positions < lengths[:, None]).long()
+    def _prefixes(self, prompts: Sequence[np.ndarray]) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer, ``[prompt, head, position, width]``; 0 past the end."""
+        kept: list[tuple[Tensor, Tensor]] = []
+        places_of: dict[int, list[int]] = {}
+        for place, prompt in enumerate(prompts):
+            n_blocks = -(-(len(prompt) - 1) // PREFIX_BLOCK)
+            places_of.setdefault(n_blocks * PREFIX_BLOCK, []).append(place)
+        for padded_len, places in sorted(places_of.items()):
+            for start in range(0, len(places), self._prefix_rows):
+                mine = places[start : start + self._prefix_rows]
+                cache = self._run([prompts[place] for place in mine], padded_len)
+                n = min(padded_len, self._prefix_len)
+                for layer, (keys, values, *_) in enumerate(cache):
+                    assert keys is not None
+                    assert values is not None
+                    if len(kept) == layer:
+                        kept.append((self._room(keys, prompts), self._room(values, prompts)))
+                    for room, found in zip(kept[layer], (keys, values), strict=True):
+                        room[mine, :, :n] = found[: len(mine), :, :n]
+        return kept
+
+    def _room(self, like: Tensor, prompts: Sequence[np.ndarray]) -> Tensor:
+        return like.new_zeros(len(prompts), like.shape[1], self._prefix_len, like.shape[3])
+
+    def _run(self, prompts: Sequence[np.ndarray], padded_len: int) -> DynamicCache:
+        """The cache of prompts without their last tokens; rows beyond them are copies."""
+        ids = torch.zeros(self._prefix_rows, padded_len, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row in range(self._prefix_rows):
+            prompt = prompts[row] if row < len(prompts) else prompts[0]
+            ids[row, : len(prompt) - 1] = torch.from_numpy(prompt[:-1].astype(np.int64))
+            mask[row, : len(prompt) - 1] = 1
         cache = DynamicCache()
         self._base(
             input_ids=ids.to(self._device),
             attention_mask=mask.to(self._device),
-            position_ids=positions.to(self._device),
+            position_ids=torch.arange(padded_len).expand_as(ids).to(self._device),
             past_key_values=cache,
             use_cache=True,
         )
-        batch = _Batch(
-            rows=torch.tensor(rows, device=self._device),
-            cache=cache,
-            mask=mask.to(self._device),
-            lengths=lengths.to(self._device),
-            last=torch.tensor([int(prompts[row][-1]) for row in rows], device=self._device),
-            clean=torch.empty(0, device=self._device),
-        )
-        every = torch.arange(len(rows), device=self._device)
-        batch.clean = self._first(batch, every, None)
-        if not bool(batch.clean.exp().isfinite().all()):
+        return cache
+
+    def _undisturbed(self) -> Tensor:
+        """``[prompt, token]``: log-probabilities of the next token, float32."""
+        slots = self._slots(*self._every_row())
+        found = torch.cat([self._first(slot)[: slot.n_asked] for slot in slots])
+        if not bool(found.exp().isfinite().all()):
             raise ModelError(
                 f"steering at {self._hookpoint!r}: the undisturbed model gives NaN. Try dtype "
                 "float32, or check the model's weights."
             )
-        return batch
+        return found
 
-    def _hidden(self, batch: _Batch) -> Tensor:
-        """The hookpoint's output at the last token of each prompt."""
-        begun = batch.begun(torch.arange(len(batch.rows), device=self._device))
-        with captured_outputs(self._base, [self._hookpoint]) as outputs:
-            self._base(**_step(begun, batch.last))
-        return outputs[self._hookpoint][:, -1]
+    def _begun(self, rows: Tensor) -> _Continued:
+        """A copy of some rows that may be continued."""
+        cache = DynamicCache()
+        for keys, values in self._kept:
+            layer = DynamicLayer()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys[rows], values[rows]
+            cache.layers.append(layer)
+        return _Continued(cache, self._mask[rows], self._lengths[rows])
 
-    def _first(self, batch: _Batch, places: Tensor, vectors: Tensor | None) -> Tensor:
+    def _first(self, slot: _Slot) -> Tensor:
         """Log-probabilities of the token after the prompt, float32."""
-        _, logits = self._stepped(batch.begun(places), batch.last[places], vectors)
+        _, logits = self._stepped(self._begun(slot.rows), self._last[slot.rows], slot.vectors)
         return torch.log_softmax(logits, dim=-1)
 
     def _stepped(
-        self, at: _Continued, tokens: Tensor, vectors: Tensor | None
+        self, at: _Continued, tokens: Tensor, vectors: Tensor
     ) -> tuple[_Continued, Tensor]:
         """One token more in each row; float32 logits of what follows it."""
         inputs = _step(at, tokens)
-        if vectors is None:
+        with steered(self._base, self._hookpoint, vectors), fine_head(self._model):
             out = self._model(**inputs)
-        else:
-            with steered(self._base, self._hookpoint, vectors):
-                out = self._model(**inputs)
         after = _Continued(at.cache, inputs["attention_mask"], at.lengths + 1)
         return after, out.logits[:, -1].float()
 
-    def _written(
-        self, batch: _Batch, places: Tensor, vectors: Tensor, draws: Tensor, temperature: float
-    ) -> Tensor:
-        at, tokens = batch.begun(places), batch.last[places]
-        written = []
-        for draw in draws.unbind(dim=1):
-            at, logits = self._stepped(at, tokens, vectors)
-            tokens = _sampled(logits / temperature, draw)
-            written.append(tokens)
-        return torch.stack(written, dim=1)
+    def _every_row(self) -> tuple[np.ndarray, np.ndarray]:
+        """All prompts, not steered."""
+        return np.arange(len(self._latents)), np.zeros(len(self._latents))
 
-    def _by_batch(
-        self,
-        rows: np.ndarray,
-        strengths: np.ndarray,
-        of: Callable[[_Batch, Tensor, Tensor], Sequence[Tensor]],
+    def _by_slot(
+        self, rows: np.ndarray, strengths: np.ndarray, of: Callable[[_Slot], Sequence[Tensor]]
     ) -> list[np.ndarray]:
-        """What ``of`` gives for every batch that holds some of ``rows``, in the order of these."""
-        strength_of = np.full(len(self._latents), np.nan)
-        strength_of[rows] = strengths
-        asked = torch.from_numpy(strength_of).to(self._device, torch.float32)
-        seen: list[np.ndarray] = []
-        found: list[list[np.ndarray]] = []
-        with torch.inference_mode():
-            for batch, places in self._touched(asked):
-                mine = batch.rows[places]
-                vectors = asked[mine, None] * self._directions[self._direction_of[mine]]
-                parts = of(batch, places, vectors)
-                seen.append(mine.cpu().numpy())
-                found.append([part.cpu().numpy() for part in parts])
-        if not seen:
+        """What ``of`` gives for each of ``rows``, in their order."""
+        if not len(rows):
             raise ValueError("SteeredModel: asked about no rows, wanted at least one.")
-        back = {row: i for i, row in enumerate(np.concatenate(seen).tolist())}
-        order = [back[row] for row in rows.tolist()]
-        return [np.concatenate(parts)[order] for parts in zip(*found, strict=True)]
+        with torch.inference_mode():
+            found = [
+                [part[: slot.n_asked].cpu().numpy() for part in of(slot)]
+                for slot in self._slots(rows, strengths)
+            ]
+        return [np.concatenate(parts) for parts in zip(*found, strict=True)]
 
-    def _touched(self, asked: Tensor) -> Iterator[tuple[_Batch, Tensor]]:
-        for batch in self._batches:
-            places = torch.nonzero(~asked[batch.rows].isnan())[:, 0]
-            if len(places):
-                yield batch, places
+    def _slots(self, rows: np.ndarray, strengths: np.ndarray) -> Iterator[_Slot]:
+        for start in range(0, len(rows), self._step_rows):
+            asked = np.full(self._step_rows, start)
+            n_asked = min(self._step_rows, len(rows) - start)
+            asked[:n_asked] += np.arange(n_asked)
+            mine = torch.from_numpy(rows[asked]).to(self._device)
+            by = torch.from_numpy(strengths[asked]).to(self._device, torch.float32)
+            vectors = by[:, None] * self._directions[self._direction_of[mine]]
+            yield _Slot(mine, asked, n_asked, vectors)
+
+
+@contextmanager
+def fine_head(model: Any) -> Iterator[None]:
+    """Compute the output head in float32 while ``model`` runs in the ``with`` block.
+
+    A bfloat16 logit of 20 has steps of 0.125; what the model does to its logits, it does to these.
+    A float32 model is left as it is.
+
+    Args:
+        model: A causal language model.
+    """
+    head = model.get_output_embeddings()
+    if head is None or head.weight.dtype == torch.float32:
+        yield
+        return
+
+    def finely(module: Any, inputs: tuple[Tensor, ...], output: object) -> Tensor:
+        del output
+        hidden = inputs[0].float()
+        # In blocks, because a whole float32 head may not fit beside the model.
+        blocks = module.weight.split(HEAD_BLOCK)
+        logits = torch.cat([functional.linear(hidden, block.float()) for block in blocks], dim=-1)
+        return logits if module.bias is None else logits + module.bias.float()
+
+    handle = head.register_forward_hook(finely)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def rows_that_fit(subject: SubjectModel, prompt_len: int) -> int:
@@ -284,6 +325,20 @@ def text_ends(subject: SubjectModel) -> frozenset[int]:
     declared = getattr(generation, "eos_token_id", None)
     ids = declared if isinstance(declared, list) else [declared]
     return frozenset(i for i in [*ids, subject.tokenizer.eos_token_id] if isinstance(i, int))
+
+
+def _check_lengths(hookpoint: str, prompts: Sequence[np.ndarray], prompt_len: int) -> None:
+    for i, prompt in enumerate(prompts):
+        if len(prompt) < 2:
+            raise ModelError(
+                f"steering at {hookpoint!r}: prompt {i} is too short ({len(prompt)} tokens), "
+                "wanted at least 2: one before the token that is steered. Draw longer prompts."
+            )
+        if len(prompt) > prompt_len:
+            raise ModelError(
+                f"steering at {hookpoint!r}: prompt {i} is too long ({len(prompt)} tokens), wanted "
+                f"at most {prompt_len}. Draw shorter prompts."
+            )
 
 
 def _step(at: _Continued, tokens: Tensor) -> dict[str, Any]:
@@ -313,8 +368,9 @@ def gumbel_noise(draw: float, n_tokens: int) -> np.ndarray:
     return -np.log(-np.log(uniform))
 
 
-def _sampled(logits: Tensor, draws: Tensor) -> Tensor:
+def _sampled(logits: Tensor, draws: np.ndarray) -> Tensor:
     """A token of each row from its distribution, by :func:`gumbel_noise`."""
-    noise = np.stack([gumbel_noise(draw, logits.shape[-1]) for draw in draws.tolist()])
+    noise_of = {draw: gumbel_noise(draw, logits.shape[-1]) for draw in set(draws.tolist())}
+    noise = torch.from_numpy(np.stack([noise_of[draw] for draw in draws.tolist()]))
     finite = logits.double().nan_to_num(nan=-torch.inf)
-    return (finite + torch.from_numpy(noise).to(logits.device)).argmax(dim=-1)
+    return (finite + noise.to(logits.device)).argmax(dim=-1)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
@@ -73,13 +74,19 @@ class Store:
         arrays = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
         return self._put_blob(name, save_tensors(arrays), "safetensors", tensors_hash(arrays), None)
 
-    def table(self, blob: Blob) -> pl.DataFrame:
+    def table(self, blob: Blob, where: pc.Expression | None = None) -> pl.DataFrame:
         """Reads a table back.
+
+        Args:
+            blob: The table.
+            where: Only the rows for which this holds; the others are never all in memory.
 
         Raises:
             StoreError: If the blob is missing or its bytes are not those that were written.
         """
-        frame = pl.from_arrow(pq.read_table(pa.BufferReader(self._verified_bytes(blob))))
+        frame = pl.from_arrow(
+            pq.read_table(pa.BufferReader(self._verified_bytes(blob)), filters=where)
+        )
         assert isinstance(frame, pl.DataFrame)
         return frame
 

@@ -152,9 +152,7 @@ class SubjectModel:
         signs[1::2] = -1
         nothing = norm(torch.zeros_like(ones))
         scale = (norm(signs) - nothing) * signs
-        return Unembedding(
-            weight, scale, centres=bool((norm(ones) - nothing).abs().max() < 0.1)
-        )
+        return Unembedding(weight, scale, centres=bool((norm(ones) - nothing).abs().max() < 0.1))
 
     def _part(self, name: str) -> nn.Module | None:
         return getattr(self.base_model, name, None)

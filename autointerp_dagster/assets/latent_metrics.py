@@ -43,7 +43,7 @@ def build_latent_metrics(study: Study) -> dg.AssetsDefinition:
 
 
 def _metrics_of(study: Study, stage: StageRun, cell: Cell) -> pl.DataFrame:
-    asked = {name: study.scorers.of(name) for name in study.scorers.asked}
+    asked = {name: study.scorer_config(name) for name in study.scorers.asked}
     return latent_metrics_of(
         cell.layer,
         stage.table("explanations", cell, SELECTION.name),

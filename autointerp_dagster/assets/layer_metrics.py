@@ -26,6 +26,7 @@ def build_layer_metrics(study: Study) -> dg.AssetsDefinition:
                     stage.table("latent_records", layer, LATENTS.name),
                     stage.table("latent_metrics", layer, LATENT_METRICS.name),
                     study.metrics,
+                    study.adaptive_scorers,
                 )
                 blob = stage.store.put_table(LAYER_METRICS, metrics)
                 shown = {"preview": preview(metrics.filter(metrics["variant"] == "all"))}

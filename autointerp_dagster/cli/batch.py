@@ -25,7 +25,7 @@ from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.cli.report import asks_nobody, printable
 from autointerp_dagster.core.config import LocalLLMConfig, RemoteLLMConfig
 from autointerp_dagster.core.errors import StoreError, StudyError
-from autointerp_dagster.resources.pending import Replayed, Survey, stages_that_ask
+from autointerp_dagster.resources.pending import Replayed, Survey, before_asking, stages_that_ask
 from autointerp_dagster.study import Study, load_study
 from autointerp_dagster.study.parameters import llm_config, parts_asked
 
@@ -89,7 +89,7 @@ def export_batch(
     waiting: set[object] = set()
     with Survey(study, store, study.cells, stages=stages) as survey, writer:
         for model, question in _pending(survey, waiting):
-            batch = None if outstanding is None else outstanding.batch_of(question.call_id)
+            batch = None if outstanding is None else outstanding.batch_of(question)
             if batch is None:
                 assert isinstance(model.config, RemoteLLMConfig)  # checked before
                 writer.add(question, model.config, model.identity)
@@ -105,7 +105,10 @@ def _writer(study: Study, store: Store, paths: Iterator[Path], limits: Limits) -
 
 
 def _pending(survey: Survey, waiting: set[object]) -> Iterator[tuple[Replayed, Question]]:
-    """Every question that is to be sent, once; cells that wait are added to ``waiting``."""
+    """Every question that is to be sent, once for each block of the journal that wants its answer.
+
+    Cells that wait are added to ``waiting``.
+    """
     seen: set[int] = set()
     for piece in survey.pieces():
         if piece.waits:
@@ -113,9 +116,9 @@ def _pending(survey: Survey, waiting: set[object]) -> Iterator[tuple[Replayed, Q
         if piece.stage not in survey.stages:
             continue
         for asked in piece.asked:
-            short = int(asked.call_id[:16], 16)
-            if asked.is_pending and short not in seen:  # ids are unique in a file
-                seen.add(short)
+            wanted = hash((asked.call_id, asked.request.block))
+            if asked.is_pending and wanted not in seen:
+                seen.add(wanted)
                 yield asked.model, Question(asked.call_id, asked.request)
 
 
@@ -228,8 +231,8 @@ def _next_steps(study: Study, exported: Exported) -> Iterator[str]:
     if exported.n_without_records:
         yield (
             f"{exported.n_without_records} of {len(study.cells)} cells have no up-to-date "
-            f"latent_records. `autointerp run {study.name} --until latent_records` makes them; it "
-            "asks no language model."
+            f"{before_asking(study)}. `autointerp run {study.name} --until {before_asking(study)}` "
+            "makes them; it asks no language model."
         )
     if not stages_that_ask(study):
         yield asks_nobody(study)

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from autointerp_dagster.cli.report import asks_nobody, printable
 from autointerp_dagster.core.config import RemoteLLMConfig
-from autointerp_dagster.resources.pending import stages_that_ask
+from autointerp_dagster.resources.pending import before_asking, stages_that_ask
 from autointerp_dagster.resources.planning import StagePlan, StudyPlan
 from autointerp_dagster.study import Study
 from autointerp_dagster.study.parameters import llm_configs
@@ -40,9 +40,9 @@ def missing_records(study: Study, plan: StudyPlan) -> str:
     """How to get what is missing; for the case that there is something."""
     n = len(plan.without_records)
     return (
-        f"{n} of {len(study.cells)} cells have no up-to-date latent_records, so nothing is known "
-        f"of them. `autointerp run {study.name} --until latent_records` makes them; it asks no "
-        "language model."
+        f"{n} of {len(study.cells)} cells have no up-to-date {before_asking(study)}, so nothing is "
+        f"known of them. `autointerp run {study.name} --until {before_asking(study)}` makes them; "
+        "it asks no language model."
     )
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autointerp_dagster.adapters.storage import Store
-from autointerp_dagster.core.metrics import FAMILIES, judge_is_too_weak
+from autointerp_dagster.core.metrics import FAMILIES, LEAST_FLOORS, judge_is_too_weak
 from autointerp_dagster.core.schemas import (
     EXPLANATIONS,
     LATENT_METRICS,
@@ -19,6 +19,7 @@ from autointerp_dagster.core.schemas import (
 )
 from autointerp_dagster.core.types import Cell, LayerKey, WholeStudy
 from autointerp_dagster.study import Study
+from autointerp_dagster.study.parameters import parts_asked
 
 Headlines = dict[tuple[Any, ...], dict[str, Any]]
 """Rows of ``latent_metrics`` by (coder, hookpoint, latent, explainer, scorer, subject)."""
@@ -55,7 +56,8 @@ def print_report(
         explained, headline, n_latents = _some_latents(study, store, cells[layer], share)
         if explained.height:
             for scorers in _fitting(study.scorers.asked, console.width):
-                console.print(_layer_table(layer, scorers, explained, headline))
+                title = f"{layer}: value / floor, below it the {_interval_name(study)}"
+                console.print(_layer_table(title, scorers, explained, headline))
         n_shown = explained["latent"].n_unique()
         room, n_more = room - n_shown, n_more + n_latents - n_shown
     if n_more:
@@ -65,11 +67,11 @@ def print_report(
     for layer in study.layer_keys:
         medians = _medians(study, store, layer)
         if not medians.is_empty():
-            console.print(_medians_table(layer, study.scorers.asked, medians))
+            console.print(_medians_table(layer, study, medians))
     head = store.head(study.name, "study_metrics", str(WholeStudy()))
     if head is not None:
         comparisons = store.table(head.blob(STUDY_METRICS.name))
-        console.print(_floors_table(comparisons))
+        console.print(_floors_table(comparisons, _interval_name(study)))
         for line in _warnings(study, comparisons):
             console.print(line)
     console.print(f"Results: {store.root}  (tables as Parquet; `autointerp status {study.name}`)")
@@ -121,9 +123,9 @@ def _fitting(scorers: Sequence[str], width: int) -> Iterator[Sequence[str]]:
 
 
 def _layer_table(
-    layer: LayerKey, scorers: Sequence[str], explained: pl.DataFrame, headline: Headlines
+    title: str, scorers: Sequence[str], explained: pl.DataFrame, headline: Headlines
 ) -> Table:
-    table = Table(title=f"{layer}: value / floor, below it the 95 % interval", expand=True)
+    table = Table(title=title, expand=True)
     table.add_column("latent, explainer\nexplanation", ratio=1, no_wrap=True, overflow="ellipsis")
     for scorer in scorers:
         table.add_column(f"{scorer}\n{_metric(scorer)}", no_wrap=True, min_width=12)
@@ -199,12 +201,17 @@ def _medians(study: Study, store: Store, layer: LayerKey) -> pl.DataFrame:
     return medians.join(headline, on=["scorer", "metric"], how="semi")
 
 
-def _medians_table(layer: LayerKey, scorers: Sequence[str], medians: pl.DataFrame) -> Table:
+def _interval_name(study: Study) -> str:
+    return f"{100 * study.metrics.confidence:g} % interval"
+
+
+def _medians_table(layer: LayerKey, study: Study, medians: pl.DataFrame) -> Table:
     """By scorer and explainer; floors are over the latents that have them, so compare by lift."""
+    scorers = study.scorers.asked
     subjects = medians["subject"]
     floors = ("other", "random") if (subjects == "random").any() else ("other",)
     table = Table(title=f"{layer}: median over latents")
-    for name in ("scorer", "explainer", "metric", "chance", "median", "95 % interval"):
+    for name in ("scorer", "explainer", "metric", "chance", "median", _interval_name(study)):
         table.add_column(name, no_wrap=name != "explainer")
     for name in (*(f"floor\n{floor}" for floor in floors), "latents"):
         table.add_column(name, no_wrap=True)
@@ -216,7 +223,7 @@ def _medians_table(layer: LayerKey, scorers: Sequence[str], medians: pl.DataFram
             scorer,
             explainer or "(none)",
             _metric(scorer),
-            f"{FAMILIES[scorer].chance:g}",
+            _chance(scorer),
             _median(row) or str(row["status"]),
             "" if row["lo"] is None else f"{row['lo']:.2f} to {row['hi']:.2f}",
             *(_median(rows.get((scorer, explainer, floor))) for floor in floors),
@@ -225,20 +232,19 @@ def _medians_table(layer: LayerKey, scorers: Sequence[str], medians: pl.DataFram
     return table
 
 
+def _chance(scorer: str) -> str:
+    chance = FAMILIES[scorer].chance
+    return "" if chance is None else f"{chance:g}"
+
+
 def _median(row: dict[str, Any] | None) -> str:
     return "" if row is None or row["value"] is None else f"{row['value']:.2f}"
 
 
-def _floors_table(comparisons: pl.DataFrame) -> Table:
-    table = Table("scorer", "explainer", "own minus other", "95 % interval", "p", "latents")
+def _floors_table(comparisons: pl.DataFrame, interval_name: str) -> Table:
+    table = Table("scorer", "explainer", "own minus other", interval_name, "p", "latents")
     table.title = "Is a latent's own explanation better than another's? (paired over latents)"
-    rows = comparisons.filter(
-        (pl.col("comparison") == "subject")
-        & (pl.col("a") == "own")
-        & (pl.col("b") == "other")
-        & (pl.col("statistic") == "mean_difference")
-    )
-    for row in rows.iter_rows(named=True):
+    for row in _own_against_other(comparisons).iter_rows(named=True):
         interval = "" if row["lo"] is None else f"{row['lo']:+.3f} to {row['hi']:+.3f}"
         table.add_row(
             str(row["scorer"]),
@@ -251,12 +257,41 @@ def _floors_table(comparisons: pl.DataFrame) -> Table:
     return table
 
 
+def _own_against_other(comparisons: pl.DataFrame) -> pl.DataFrame:
+    return comparisons.filter(
+        (pl.col("comparison") == "subject")
+        & (pl.col("a") == "own")
+        & (pl.col("b") == "other")
+        & (pl.col("statistic") == "mean_difference")
+    )
+
+
 def _warnings(study: Study, comparisons: pl.DataFrame) -> list[str]:
-    """In words: where the interval of own minus other includes 0."""
-    return [
-        f"[yellow]{scorer}, {explainer}: this judge is too weak[/]: it does not tell a latent's "
-        "own explanation from another latent's (the interval includes 0)."
-        for scorer in study.scorers.asked
-        for explainer in study.explainers
-        if judge_is_too_weak(comparisons, scorer, explainer)
-    ]
+    """In words: where own is not better than other for sure, and where nobody can tell."""
+    floors = _own_against_other(comparisons)
+    n_pairs = {(r["scorer"], r["explainer"]): r["n"] for r in floors.iter_rows(named=True)}
+    lines: list[str] = []
+    for scorer in study.scorers.asked:
+        for explainer in study.explainers:
+            is_too_weak = judge_is_too_weak(comparisons, scorer, explainer)
+            n = n_pairs.get((scorer, explainer), LEAST_FLOORS)
+            if is_too_weak:
+                lines.append(
+                    f"[yellow]{scorer}, {explainer}: {_who(study, scorer)} is too weak[/]: it does "
+                    "not tell a latent's own explanation from another latent's (the interval "
+                    "includes 0)."
+                )
+            elif is_too_weak is None and study.floors.sample and n < LEAST_FLOORS:
+                lines.append(
+                    f"[yellow]{scorer}, {explainer}: too few floors to tell[/] whether "
+                    f"{_who(study, scorer)} is too weak: {n} latents, wanted {LEAST_FLOORS} "
+                    "(floors.sample)."
+                )
+    return lines
+
+
+def _who(study: Study, scorer: str) -> str:
+    """What decides a scorer's values."""
+    parts = parts_asked(study, f"score_{scorer}")
+    names = {"judge": "this judge", "base_lm": "this base model"}
+    return names[parts[0]] if parts else "this embedder"

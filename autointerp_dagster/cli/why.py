@@ -83,12 +83,17 @@ class Walk:
         """Why a latent has no verdict here."""
         explained = self.ancestors.get("explanations")
         if explained is None:
-            return "not scored: not selected, dead, rare, or with too few windows"
+            return "not scored: outside the scorer's latents, dead, rare, or with too few windows"
         rows = [self.store.table(b) for b in explained.blobs if b.name.startswith("explanations")]
         every = pl.concat([EXPLANATIONS.empty(), *rows])
         mine = every.filter((pl.col("latent") == latent) & pl.col("selected"))
         if mine.is_empty():
             return "not scored: the study did not select this latent to be explained"
+        if (mine["status"] == "ok").any():
+            return (
+                "not scored: explained, but not among the latents and explainers that this scorer "
+                "is asked about, or without windows for it"
+            )
         reasons = [f"{r['explainer']}: {r['status']} ({r['reason']})" for r in mine.to_dicts()]
         return f"not scored: no explanation. {', '.join(reasons)}"
 
@@ -159,16 +164,17 @@ def _verdict_line(verdict: dict[str, object], dataset: TokenDataset) -> str:
     window = int(str(verdict["window_id"]))
     context, start = window >> 16, window & 0xFFFF
     document = document_of(dataset, context)
-    said: object = verdict["prediction"]
+    said: object = f"judge said {verdict['prediction']}"
     if verdict["score"] is not None:
         said = f"score {verdict['score']:.3g}"
     elif verdict["predicted"] is not None:
-        said = [round(float(x), 1) for x in cast("list[float]", verdict["predicted"])]
+        predicted = [round(float(x), 1) for x in cast("list[float]", verdict["predicted"])]
+        said = f"predicted {predicted}"
     outcome = said if verdict["status"] == "ok" else f"failed: {verdict['reason']}"
     return escape(
         f"window {window} (context {context}, position {start}) of document "
         f"{document['doc_id']!r} (text {document['content_hash']}): "
-        f"activating {verdict['is_activating']}, judge said {outcome}"
+        f"activating {verdict['is_activating']}, {outcome}"
     )
 
 

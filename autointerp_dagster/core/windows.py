@@ -126,6 +126,15 @@ def window_grid(dataset: TokenDataset, config: SamplingConfig) -> WindowGrid:
     )
 
 
+def context_splits(dataset: TokenDataset, config: SamplingConfig) -> Int8[np.ndarray, " context"]:
+    """The split of each context, an index into :data:`SPLITS`: that of all of its windows.
+
+    A context that is too short for a window has one, too.
+    """
+    block, split = _context_blocks(dataset, config)
+    return split[block]
+
+
 def _context_blocks(
     dataset: TokenDataset, config: SamplingConfig
 ) -> tuple[Int64[np.ndarray, " context"], Int8[np.ndarray, " block"]]:

@@ -27,7 +27,7 @@ from autointerp_dagster.core.latent_records import LatentRecord
 from autointerp_dagster.core.llm import LLM
 from autointerp_dagster.core.logit_lens import VERSION as LENS_VERSION
 from autointerp_dagster.core.logit_lens import promoted_and_suppressed, promoted_tokens
-from autointerp_dagster.core.sampling import donors_of
+from autointerp_dagster.core.sampling import donors_of, scored_latents
 from autointerp_dagster.core.schemas import DONORS, EXPLANATIONS, SELECTION, UNDONE
 from autointerp_dagster.core.selection import SelectionModels, choose
 from autointerp_dagster.core.types import Cell, LayerKey, Progress, WholeStudy
@@ -71,7 +71,11 @@ class ExplainingWork:
         floors = selection.filter("is_floor")["latent"].to_numpy().astype(np.int64)
         coder = self.coders.of(self.study, cell.layer).coder
         directions = coder.decoder_rows(candidates.tolist()).float().numpy()
-        return donors_of(cell.layer, floors, candidates, directions, self.study.floors)
+        steered = None
+        if self.study.output_explainers:
+            rows = scored_latents(selection, self.study.interventions.latents)
+            steered = rows["latent"].to_numpy().astype(np.int64)
+        return donors_of(cell.layer, floors, candidates, directions, self.study.floors, steered)
 
     def part_parameters(self, cell: Cell, explainer: str, latents: Sequence[int]) -> dict[str, Any]:
         """All that decides one explainer's part of a cell."""

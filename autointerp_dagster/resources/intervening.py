@@ -28,6 +28,7 @@ from autointerp_dagster.core.schemas import (
 from autointerp_dagster.core.sparse_coders import SparseCoder
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import Cell, Progress, WholeStudy
+from autointerp_dagster.core.windows import context_splits
 from autointerp_dagster.resources.coders import Coders
 from autointerp_dagster.resources.plots import preview
 from autointerp_dagster.resources.selecting import selection_of
@@ -67,7 +68,9 @@ class InterveningWork:
 
     def _outcomes(self, cell: Cell, status_of: dict[int, str]) -> Iterator[Outcome]:
         config = self.study.interventions
-        prompts = self._prompts(cell, [i for i, status in status_of.items() if status == "ok"])
+        dataset = read_dataset(self.stage.store, self.stage.input("token_dataset", WholeStudy()))
+        usable = [i for i, status in status_of.items() if status == "ok"]
+        prompts = self._prompts(cell, usable, dataset)
         waiting: list[pl.DataFrame] = []
         for latent, status in status_of.items():
             mine = prompts.get(latent)
@@ -78,19 +81,23 @@ class InterveningWork:
             else:
                 waiting.append(mine)
         if waiting:
-            yield from self._steered(cell, waiting)
+            yield from self._steered(cell, waiting, dataset)
 
-    def _prompts(self, cell: Cell, latents: Sequence[int]) -> dict[int, pl.DataFrame]:
+    def _prompts(
+        self, cell: Cell, latents: Sequence[int], dataset: TokenDataset
+    ) -> dict[int, pl.DataFrame]:
         activations = self.stage.table("activation_cache", cell, ACTIVATIONS.name)
         wanted = np.array(latents, dtype=np.int64)
-        found = prompts_of(activations, cell.layer, wanted, self.study.interventions)
+        splits = context_splits(dataset, self.study.sampling)
+        found = prompts_of(activations, cell.layer, wanted, self.study.interventions, splits)
         return {
             int(key[0]): rows for key, rows in found.partition_by("latent", as_dict=True).items()
         }
 
-    def _steered(self, cell: Cell, waiting: Sequence[pl.DataFrame]) -> Iterator[Outcome]:
+    def _steered(
+        self, cell: Cell, waiting: Sequence[pl.DataFrame], dataset: TokenDataset
+    ) -> Iterator[Outcome]:
         """In groups of as many latents as fit."""
-        dataset = read_dataset(self.stage.store, self.stage.input("token_dataset", WholeStudy()))
         coder = self.coders.of(self.study, cell.layer).coder
         writer = Writer(self.subject.detokenizer, text_ends(self.subject))
         n_rows = rows_that_fit(self.subject, self.study.interventions.prompt_len)
@@ -109,7 +116,7 @@ class InterveningWork:
         tokens = [dataset.context_tokens(context)[: last + 1] for context, last in places]
         latents = prompts["latent"].to_list()
         hookpoint, config = cell.layer.hookpoint, self.study.interventions
-        model = SteeredModel(self.subject, coder, hookpoint, tokens, latents)
+        model = SteeredModel(self.subject, coder, hookpoint, tokens, latents, config.prompt_len)
         yield from intervene(prompts, tokens, model, cell.layer, config, writer).values()
 
 

@@ -1,10 +1,11 @@
-"""Whether coders at one hookpoint found the same latents, and explained them alike."""
+"""Whether two layers hold the same latents, and explained them alike."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 import numpy as np
 import polars as pl
+from pyarrow import compute
 
 from autointerp_dagster.core.metrics import (
     Explained,
@@ -23,9 +24,10 @@ from autointerp_dagster.study import Study
 def matched_rows(
     stage: StageInputs, study: Study, coders: Coders, embedder: Embedder
 ) -> pl.DataFrame:
-    """``STUDY_METRICS`` rows for every two coders at one hookpoint.
+    """``STUDY_METRICS`` rows for every two layers that share the coder or the hookpoint.
 
-    Latents are matched over whole layers; what is compared are the pairs that both were explained.
+    Latents are each other's nearest among all of both layers; what is compared are the pairs that
+    both were explained and fire together. Layers whose decoders differ in width are left out.
 
     Args:
         stage: ``study_metrics``.
@@ -33,37 +35,83 @@ def matched_rows(
         coders: For the decoder directions.
         embedder: Tells how alike two explanations are.
     """
-    rows = [
-        part
-        for a, b in combinations(study.layer_keys, 2)
-        if a.hookpoint == b.hookpoint
-        for part in _pair(stage, study, coders, embedder, a, b)
+    texts = {layer: _explanations(stage, study, layer) for layer in study.layer_keys}
+    vectors = _Vectors(embedder)
+    rows = [STUDY_METRICS.empty()]
+    for a, b in combinations(study.layer_keys, 2):
+        is_comparable = a.hookpoint == b.hookpoint or a.coder == b.coder
+        if is_comparable and texts[a].height and texts[b].height:
+            matches = _matches(stage, study, coders, {layer: texts[layer] for layer in (a, b)})
+            if matches is not None:
+                rows += _compared(matches, (a, b), (texts[a], texts[b]), study, vectors)
+    return pl.concat(rows)
+
+
+class _Vectors:
+    """An embedder that is asked for each text once."""
+
+    def __init__(self, embedder: Embedder) -> None:
+        self._embedder = embedder
+        self._known: dict[str, np.ndarray] = {}
+
+    def of(self, texts: Sequence[str]) -> np.ndarray:
+        """One row per text; no columns without texts."""
+        new = sorted(set(texts) - self._known.keys())
+        if new:
+            self._known.update(zip(new, self._embedder.embed(new), strict=True))
+        return np.stack([self._known[t] for t in texts]) if texts else np.zeros((0, 0), np.float32)
+
+
+def _matches(
+    stage: StageInputs, study: Study, coders: Coders, texts: dict[LayerKey, pl.DataFrame]
+) -> pl.DataFrame | None:
+    """The explained latents that two layers share; null if their decoders differ in width."""
+    a, b = texts
+    found = [coders.of(study, layer).coder for layer in texts]
+    widths = {coder.decoder_rows([0]).shape[1] for coder in found}
+    if len(widths) > 1:
+        return None
+    directions = [coder.decoder_rows(range(coder.num_latents)).numpy() for coder in found]
+    explained = [
+        frame["latent"].unique().sort().to_numpy().astype(np.int64) for frame in texts.values()
     ]
-    return pl.concat([STUDY_METRICS.empty(), *rows])
-
-
-def _pair(
-    stage: StageInputs,
-    study: Study,
-    coders: Coders,
-    embedder: Embedder,
-    a: LayerKey,
-    b: LayerKey,
-) -> Iterator[pl.DataFrame]:
-    texts = [_explanations(stage, study, layer) for layer in (a, b)]
-    matches = matched_latents(_directions(coders, study, a), _directions(coders, study, b))
-    matches = matches.drop("n_both", "n_either", "jaccard")
-    for column, explained in zip(("latent_a", "latent_b"), texts, strict=True):
-        matches = matches.filter(pl.col(column).is_in(explained["latent"].unique().implode()))
+    config = study.metrics
+    matches = matched_latents(
+        directions[0],
+        directions[1],
+        (explained[0], explained[1]),
+        min_cosine=config.match_min_cosine,
+    )
     fired_a = _activations(stage, study, a, matches["latent_a"])
     fired_b = _activations(stage, study, b, matches["latent_b"])
-    matches = with_cofiring(matches, fired_a, fired_b)
+    return with_cofiring(matches, fired_a, fired_b, config.match_min_cofiring)
+
+
+def _compared(
+    matches: pl.DataFrame,
+    layers: tuple[LayerKey, LayerKey],
+    texts: tuple[pl.DataFrame, pl.DataFrame],
+    study: Study,
+    vectors: _Vectors,
+) -> Iterator[pl.DataFrame]:
     for explainer in study.explainers:
         mine = [frame.filter(pl.col("explainer") == explainer) for frame in texts]
         if not any(frame.is_empty() for frame in mine):
-            vectors = [_embedded(frame, embedder) for frame in mine]
-            names = (str(a), str(b), explainer)
-            yield explanation_similarity(matches, vectors[0], vectors[1], names, study.metrics)
+            own, other = (
+                _explained(frame.join(matches, left_on="latent", right_on=column), vectors)
+                for frame, column in zip(mine, ("latent_a", "latent_b"), strict=True)
+            )
+            names = (str(layers[0]), str(layers[1]), explainer)
+            yield explanation_similarity(matches, own, other, names, study.metrics)
+
+
+def _explained(frame: pl.DataFrame, vectors: _Vectors) -> Explained:
+    """Without explanations that the embedder gives no direction."""
+    frame = frame.sort("latent")
+    found = vectors.of(frame["text"].to_list())
+    norm = np.linalg.norm(found, axis=1)
+    is_known = np.isfinite(norm) & (norm > 0)
+    return Explained(frame["latent"].to_numpy().astype(np.int64)[is_known], found[is_known])
 
 
 def _explanations(stage: StageInputs, study: Study, layer: LayerKey) -> pl.DataFrame:
@@ -78,25 +126,17 @@ def _explanations(stage: StageInputs, study: Study, layer: LayerKey) -> pl.DataF
     return rows.filter((pl.col("status") == "ok") & pl.col("selected")).sort("latent")
 
 
-def _directions(coders: Coders, study: Study, layer: LayerKey) -> np.ndarray:
-    coder = coders.of(study, layer).coder
-    return coder.decoder_rows(range(coder.num_latents)).numpy()
-
-
 def _activations(
     stage: StageInputs, study: Study, layer: LayerKey, latents: pl.Series
 ) -> pl.DataFrame:
-    manifests = [stage.input("activation_cache", c) for c in study.cells if c.layer == layer]
-    tables = [
-        stage.store.table(manifest.blob(ACTIVATIONS.name)).filter(
-            pl.col("latent").is_in(latents.implode())
-        )
-        for manifest in manifests
-        if manifest.status == "ok"
-    ]
-    return pl.concat([ACTIVATIONS.empty(), *tables])
-
-
-def _embedded(frame: pl.DataFrame, embedder: Embedder) -> Explained:
-    latents = frame["latent"].to_numpy().astype(np.int64)
-    return Explained(latents, embedder.embed(frame["text"].to_list()))
+    """Of these latents; cells that hold none of them are not read."""
+    tables = [ACTIVATIONS.empty()]
+    for cell in study.cells:
+        wanted = latents.filter(latents.is_between(cell.range.start, cell.range.stop - 1)).to_list()
+        if cell.layer != layer or not wanted:
+            continue
+        manifest = stage.input("activation_cache", cell)
+        if manifest.status == "ok":
+            where = compute.field("latent").isin(wanted)
+            tables.append(stage.store.table(manifest.blob(ACTIVATIONS.name), where))
+    return pl.concat(tables)

@@ -94,6 +94,11 @@ def stages_that_ask(study: Study) -> list[str]:
     return [stage.name for stage in stages_of(study) if parts_asked(study, stage.name)]
 
 
+def before_asking(study: Study) -> str:
+    """The last stage that must be there before anything is known of what will be asked."""
+    return "interventions" if study.intervenes else "latent_records"
+
+
 @dataclass(frozen=True, slots=True)
 class _Cell:
     """A cell on the way through its stages."""
@@ -106,7 +111,7 @@ class _Cell:
     explanations: dict[str, pl.DataFrame]
     """By explainer; one that must be answered first is absent."""
     pending: set[int]
-    """Shortened ids of the calls that were pending already."""
+    """Hashes of the calls that were pending already, with their blocks."""
 
 
 class Survey:
@@ -296,11 +301,12 @@ class Survey:
             is_over = next(answering, _OVER) is _OVER
             while self._heard:
                 model, request, completion = self._heard.popleft()
-                short = int(completion.call_id[:16], 16)  # a set of numbers is half as large
-                is_pending = completion.reason == "not_recorded" and short not in pending
+                wanted = hash((completion.call_id, request.block))  # a number is much smaller
+                is_pending = completion.reason == "not_recorded" and wanted not in pending
                 if is_pending:
-                    pending.add(short)
-                yield Asked(model, request, completion.call_id, completion, is_pending)
+                    pending.add(wanted)
+                if is_pending or completion.reason != "not_recorded":
+                    yield Asked(model, request, completion.call_id, completion, is_pending)
 
     def _open_models(self, opening: ExitStack) -> dict[LLMPart, Replayed]:
         """A model for every part that some stage asks; alike ones are one."""

@@ -137,7 +137,8 @@ class _StandIns:
         if n_open == 0:
             return frame
         self._n_used[explainer] = self._n_used.get(explainer, 0) + n_open
-        texts = [stand_in(latent, self._length(explainer)) for latent in frame["latent"].to_list()]
+        length = self._length(explainer)
+        texts = [stand_in(f"{explainer} {n}", length) for n in frame["latent"].to_list()]
         return frame.with_columns(
             text=pl.when(is_open).then(pl.Series(texts, dtype=pl.String)).otherwise("text"),
             status=pl.when(is_open).then(pl.lit("ok")).otherwise("status"),
@@ -176,9 +177,9 @@ class _StandIns:
         return f"the median of {n} others" if n else f"{TYPICAL_TOKENS} tokens, a guess"
 
 
-def stand_in(latent: int, n_characters: int) -> str:
-    """A text of some length that no other latent has."""
-    start = f"number {latent}: "
+def stand_in(name: str, n_characters: int) -> str:
+    """A text of some length that no other explainer and latent has."""
+    start = f"{name}: "
     return start + "".join(islice(cycle(_STAND_IN), max(0, n_characters - len(start)))).rstrip()
 
 

@@ -15,7 +15,7 @@ from autointerp_dagster.resources.embedders import Embedders
 from autointerp_dagster.resources.models import SubjectModels
 from autointerp_dagster.resources.pending import stages_that_ask
 from autointerp_dagster.study import Study
-from autointerp_dagster.study.parameters import llm_configs
+from autointerp_dagster.study.parameters import llm_configs, models_asked
 from autointerp_dagster.study.stages import STAGES
 
 REPLAY_TAG = "autointerp/replay"
@@ -50,7 +50,7 @@ def check_study(study: Study, stages: Collection[str]) -> None:
     corpus = Corpora().of(study)
     for config in llm_configs(study, stages):
         _check_llm(study, config)
-    if {"score_embedding", "score_example_embedding"} & set(stages):
+    if any("embedder" in models_asked(study, name) for name in stages):
         _ = Embedders().of(study).identity
     for _ in corpus.documents():
         pass

@@ -82,13 +82,14 @@ class ScoringWork:
         """The parts of a cell: the explainers whose explanations are scored, or one for all."""
         if self.scorer in EXPLANATION_FREE:
             return [NO_EXPLAINER]
-        asked = self.study.scorers.of(self.scorer).explainers
+        asked = self.study.scorer_config(self.scorer).explainers
         return [name for name in self.study.explainers if asked is None or name in asked]
 
     def part_parameters(self, cell: Cell, explainer: str) -> dict[str, Any]:
         """All that decides one part of a cell: its own explanations, and every other input."""
         stages = [stage.name for stage in upstream_of(self.study, self.stage.stage)]
         parameters = dict(self.stage.parameters)
+        parameters.pop("explainers")  # one explainer more changes nothing of the others
         for name in stages:
             if name == "explanations":
                 explained = self.stage.input(name, cell)

@@ -16,7 +16,9 @@ from autointerp_dagster.core.config import (
     ExplainerConfig,
     FloorsConfig,
     InterventionsConfig,
+    LabelScorerConfig,
     LatentSelection,
+    LocalLLMConfig,
     MetricsConfig,
     ModelsConfig,
     OutputExplainerConfig,
@@ -24,6 +26,7 @@ from autointerp_dagster.core.config import (
     RefineExplainerConfig,
     RemoteLLMConfig,
     SamplingConfig,
+    ScorerConfig,
     ScorersConfig,
     TokenConfig,
 )
@@ -193,6 +196,17 @@ class Study(Parameters, frozen=True):
                 raise ValueError(
                     f"scorers.{name}.explainers: {unknown[0]!r} is none of {list(self.explainers)}."
                 )
+        wanted = {f"scorers.{name}": self.scorers.of(name).latents for name in self.scorers.asked}
+        wanted["interventions"] = self.interventions.latents
+        for part, latents in wanted.items():
+            outside = (
+                set(latents) - set(self.latents) if _are_lists(latents, self.latents) else set()
+            )
+            if outside:
+                raise ValueError(
+                    f"{part}.latents: {min(outside)} is not in the study's latents, so it will not "
+                    "be explained. List it there, too."
+                )
         return self
 
     @model_validator(mode="after")
@@ -226,6 +240,18 @@ class Study(Parameters, frozen=True):
         return self
 
     @model_validator(mode="after")
+    def _check_thinking(self) -> "Study":
+        if isinstance(self.models.explainer, LocalLLMConfig):
+            for name, config in self.explainers.items():
+                if isinstance(config, DefaultExplainerConfig) and config.chain_of_thought:
+                    raise ValueError(
+                        f"explainers.{name}.chain_of_thought: models.explainer runs in this "
+                        "process (source), where an answer is one line and no steps are written. "
+                        "Use a model behind a server (base_url or serve), or leave it out."
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _check_windows_of_explainers(self) -> "Study":
         sampling = self.sampling
         can_select = bool(
@@ -249,6 +275,32 @@ class Study(Parameters, frozen=True):
         return self
 
     @property
+    def adaptive_scorers(self) -> tuple[str, ...]:
+        """The scorers that ask about a latent until its score is sure; in a fixed order."""
+        return (
+            ()
+            if self.scoring is None
+            else tuple(
+                name
+                for name in self.scorers.asked
+                if isinstance(self.scorers.of(name), LabelScorerConfig)
+            )
+        )
+
+    def scorer_config(self, name: str) -> ScorerConfig:
+        """The parameters of a scorer that is run, with the explainers that it is asked about.
+
+        The intervention scorer is asked about what explains outputs, where anything does.
+
+        Raises:
+            KeyError: If it is not run.
+        """
+        config = self.scorers.of(name)
+        if name == "intervention" and config.explainers is None and self.output_explainers:
+            return config.model_copy(update={"explainers": tuple(self.output_explainers)})
+        return config
+
+    @property
     def output_explainers(self) -> dict[str, OutputExplainerConfig]:
         """Those explainers that read interventions, by name."""
         return {
@@ -266,12 +318,15 @@ class Study(Parameters, frozen=True):
         )
 
     @property
-    def matches_coders(self) -> bool:
-        """Whether latents of several coders at one hookpoint are matched and compared."""
-        hookpoints = [layer.hookpoint for layer in self.layer_keys]
-        return len(set(hookpoints)) < len(hookpoints) and self.models.embedder is not None
+    def matches_layers(self) -> bool:
+        """Whether latents of two layers are matched and their explanations compared."""
+        return len(self.layer_keys) > 1 and self.models.embedder is not None
 
     @property
     def intervenes(self) -> bool:
         """Whether the model is steered at all."""
         return self.scorers.intervention is not None or bool(self.output_explainers)
+
+
+def _are_lists(*selections: object) -> bool:
+    return all(isinstance(selection, tuple) for selection in selections)

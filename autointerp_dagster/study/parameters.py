@@ -38,12 +38,17 @@ def parameters_of(study: Study, stage: str) -> dict[str, Any]:
         case "latent_records":
             return study.sampling.identity()
         case "interventions":
-            return {**_selection_parameters(study), **study.interventions.identity()}
+            splits = {"split_block", "train_share", "select_share", "seed"}
+            return {
+                **_ranking_parameters(study),
+                **study.interventions.identity(),
+                "splits": study.sampling.model_dump(include=splits),
+            }
         case "explanations":
             return {
                 **_selection_parameters(study),
                 "explainers": {
-                    name: {**config.identity(), "version": explainer_version(config)}
+                    name: _explainer_parameters(study, config)
                     for name, config in study.explainers.items()
                 },
             }
@@ -59,7 +64,9 @@ def parameters_of(study: Study, stage: str) -> dict[str, Any]:
                 "scoring": None if study.scoring is None else study.scoring.identity(),
                 "strategy": study.sampling.strategy,
             }
-        case "layer_metrics" | "study_metrics":
+        case "layer_metrics":
+            return {**study.metrics.identity(), "adaptive": list(study.adaptive_scorers)}
+        case "study_metrics":
             return study.metrics.identity()
     return {}
 
@@ -129,7 +136,7 @@ def models_asked(study: Study, stage: str) -> dict[str, Any]:
         part: llm_config(study, part) for part in parts_asked(study, stage)
     }
     embeds = stage in ("score_embedding", "score_example_embedding")
-    if embeds or (stage == "study_metrics" and study.matches_coders):
+    if embeds or (stage == "study_metrics" and study.matches_layers):
         asked["embedder"] = study.models.embedder
     if stage == "explanations" and study.shows_promoted:
         asked["subject"] = study.models.subject
@@ -146,8 +153,27 @@ def _scorer_parameters(study: Study, name: str) -> dict[str, Any]:
         parameters["scoring"] = study.scoring.identity()
         parameters["confidence"] = study.metrics.confidence
     if name in EXPLANATION_FREE:
-        parameters |= _selection_parameters(study)
+        parameters |= _ranking_parameters(study)
+    if name == "intervention":  # the order of the targets is in no table
+        parameters["main_kl"] = study.interventions.kl[0]
     return parameters
+
+
+def _explainer_parameters(study: Study, config: ExplainerConfig) -> dict[str, Any]:
+    parameters = {**config.identity(), "version": explainer_version(config)}
+    if isinstance(config, OutputExplainerConfig):
+        parameters["kl"] = config.kl or study.interventions.kl[0]
+        parameters["steered"] = study.interventions.identity()["latents"]  # are donors, too
+    return parameters
+
+
+def _ranking_parameters(study: Study) -> dict[str, Any]:
+    """Which latents are explained, and in which order a sample takes them."""
+    return {
+        "latents": study.latents_identity,
+        "floors_seed": study.floors.seed,
+        "min_tokens": study.sampling.min_tokens,
+    }
 
 
 def _selection_parameters(study: Study) -> dict[str, Any]:

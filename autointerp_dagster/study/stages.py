@@ -76,7 +76,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "latent_records",
             "cell",
-            "1",
+            "2",
             ("token_dataset", "activation_cache"),
             kinds=("polars", "parquet"),
             description="Windows with their split, and statistics, of every latent.",
@@ -84,7 +84,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "interventions",
             "cell",
-            "1",
+            "2",
             (
                 "subject_model",
                 "sparse_coders",
@@ -288,7 +288,7 @@ def upstream_of(study: Study, stage: Stage) -> list[Stage]:
     absent = set(STAGES) - {found.name for found in stages_of(study)}
     if stage.name == "explanations" and not study.output_explainers:
         absent.add("interventions")
-    if stage.name == "study_metrics" and not study.matches_coders:
+    if stage.name == "study_metrics" and not study.matches_layers:
         absent |= {"sparse_coders", "activation_cache", "explanations"}
     return [STAGES[name] for name in stage.upstream if name not in absent]
 

@@ -12,6 +12,7 @@ from autointerp_dagster.adapters.coders import open_coder
 from autointerp_dagster.adapters.embedded import english_documents
 from autointerp_dagster.adapters.steering import (
     SteeredModel,
+    fine_head,
     gumbel_noise,
     rows_that_fit,
     text_ends,
@@ -34,6 +35,7 @@ from autointerp_dagster.core.types import LayerKey
 HOOKPOINT = "layers.1"
 LENGTHS = (2, 9, 4, 9, 17, 3, 12, 5)
 LATENTS = (3, 3, 11, 11, 11, 40, 40, 3)
+PROMPT_LEN = 20
 NATS = 1e-4
 DEMO_SAES = Path(__file__).parents[2] / "studies" / "demo-sae"
 
@@ -60,9 +62,9 @@ STRENGTHS = np.linspace(3.0, 9.0, len(LENGTHS))
 
 
 def prepared(
-    subject: SubjectModel, coder: SparseCoder, prompts: list[np.ndarray], batch_rows: int = 3
+    subject: SubjectModel, coder: SparseCoder, prompts: list[np.ndarray], step_rows: int = 3
 ) -> SteeredModel:
-    return SteeredModel(subject, coder, HOOKPOINT, prompts, LATENTS, batch_rows)
+    return SteeredModel(subject, coder, HOOKPOINT, prompts, LATENTS, PROMPT_LEN, step_rows)
 
 
 def plain_logprobs(
@@ -92,11 +94,11 @@ def plain_pair(
     return clean, plain_logprobs(subject, prompt, at, vector)
 
 
-@pytest.mark.parametrize("batch_rows", [1, 3, 100])
+@pytest.mark.parametrize("step_rows", [1, 3, 100])
 def test_the_divergence_is_that_of_whole_prompts_one_at_a_time(
-    subject: SubjectModel, coder: SparseCoder, prompts: list[np.ndarray], batch_rows: int
+    subject: SubjectModel, coder: SparseCoder, prompts: list[np.ndarray], step_rows: int
 ) -> None:
-    found = prepared(subject, coder, prompts, batch_rows).divergence(ROWS, STRENGTHS)
+    found = prepared(subject, coder, prompts, step_rows).divergence(ROWS, STRENGTHS)
     for row, latent in enumerate(LATENTS):
         clean, moved = plain_pair(subject, coder, prompts[row], latent, float(STRENGTHS[row]))
         forward = (clean.exp() * (clean - moved)).sum().item()
@@ -113,6 +115,127 @@ def test_some_rows_in_any_order_are_those_rows(
     every = model.divergence(ROWS, STRENGTHS).kl
     some = np.array([6, 0, 4])
     assert model.divergence(some, STRENGTHS[some]).kl == pytest.approx(every[some], abs=NATS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_latents_numbers_are_the_same_to_the_bit_alone_and_beside_others_in_any_order(
+    tiny_subject_model_dir: Path,
+    coder: SparseCoder,
+    prompts: list[np.ndarray],
+    dtype: str,
+    seed: int,
+) -> None:
+    content = {"source": str(tiny_subject_model_dir), "dtype": dtype, "device": "cpu"}
+    subject = open_subject_model(SubjectModelConfig.model_validate(content))
+    order = np.random.default_rng(seed).permutation(len(LENGTHS))
+    draws = np.random.default_rng(7).random((len(LENGTHS), 4))
+    together = everything(subject, coder, prompts, order, draws)
+    for latent in set(LATENTS):
+        mine = np.flatnonzero(np.array(LATENTS) == latent)
+        alone = everything(subject, coder, prompts, mine, draws)
+        for row in mine:
+            assert alone[row] == together[row]
+
+
+def everything(
+    subject: SubjectModel,
+    coder: SparseCoder,
+    prompts: list[np.ndarray],
+    chosen: np.ndarray,
+    draws: np.ndarray,
+) -> dict[int, tuple[object, ...]]:
+    """All that can be asked about some of the prompts, by their place among all."""
+    latents = [LATENTS[i] for i in chosen]
+    asked = [prompts[i] for i in chosen]
+    model = SteeredModel(subject, coder, HOOKPOINT, asked, latents, PROMPT_LEN)
+    rows, strengths = np.arange(len(chosen)), STRENGTHS[chosen]
+    kl, reverse = model.divergence(rows, strengths)
+    tokens, rises = model.rises(rows, strengths, 4)
+    written = model.continuations(rows, strengths, draws[chosen], 1.0)
+    columns = (model.activations(), kl, reverse, tokens, rises, written)
+    return {
+        int(place): tuple(column[row].tolist() for column in columns)
+        for row, place in enumerate(chosen)
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_whole_experiment_on_a_latent_is_the_same_alone_and_in_a_group(
+    tiny_subject_model_dir: Path, dtype: str
+) -> None:
+    content = {"source": str(tiny_subject_model_dir), "dtype": dtype, "device": "cpu"}
+    subject = open_subject_model(SubjectModelConfig.model_validate(content))
+    rng = np.random.default_rng(4)
+    decoder = torch.from_numpy(rng.standard_normal((3, 16))).float()
+    # All three fire everywhere, and a unit of one is longer than a unit of another.
+    coder = TopKCoder(
+        torch.zeros_like(decoder),
+        torch.ones(3),
+        decoder * torch.tensor([[0.5], [1], [3]]),
+        torch.zeros(16),
+        k=3,
+    )
+    texts = [np.append(0, rng.integers(1, 250, 15)).astype(np.int32) for _ in range(24)]
+    rows = [(n, i, 7 + (n + i) % 8, 1.0 + i) for n in range(3) for i in range(24)]
+    config = InterventionsConfig(kl=(0.3, 0.05), n_prompts=12, n_for_explainer=3, n_tokens=4)
+
+    def outcomes(*latents: int) -> dict[int, Outcome]:
+        return experiment(subject, coder, texts, rows, latents, config)
+
+    together = outcomes(0, 1, 2)
+    for latent in range(3):
+        (alone,) = outcomes(latent).values()
+        assert alone.interventions.equals(together[latent].interventions)
+        assert alone.prompts.equals(together[latent].prompts)
+        assert alone.prompts.height == 24
+    assert len({outcome.interventions["n_steps"][0] for outcome in together.values()}) > 1
+
+
+def experiment(
+    subject: SubjectModel,
+    coder: SparseCoder,
+    texts: list[np.ndarray],
+    rows: list[tuple[int, int, int, float]],
+    latents: tuple[int, ...],
+    config: InterventionsConfig,
+) -> dict[int, Outcome]:
+    """On latents whose cached activations are ``rows``; every other context is train."""
+    names = ["latent", "context", "position", "activation"]
+    cache = ACTIVATIONS.conform(pl.DataFrame(rows, schema=names, orient="row"))
+    layer = LayerKey("sae", HOOKPOINT)
+    splits = np.array([0, 2] * len(texts), dtype=np.int8)
+    prompts = prompts_of(cache, layer, np.array(latents), config, splits)
+    tokens = [texts[c][: p + 1] for c, p in prompts.select("context", "position").iter_rows()]
+    asked = prompts["latent"].to_list()
+    model = SteeredModel(subject, coder, HOOKPOINT, tokens, asked, config.prompt_len)
+    writer = Writer(subject.detokenizer, text_ends(subject))
+    return intervene(prompts, tokens, model, layer, config, writer)
+
+
+def test_the_head_of_a_bfloat16_model_is_computed_in_float32_and_put_back(
+    tiny_subject_model_dir: Path,
+) -> None:
+    content = {"source": str(tiny_subject_model_dir), "dtype": "bfloat16", "device": "cpu"}
+    subject = open_subject_model(SubjectModelConfig.model_validate(content))
+    model: Any = subject.model
+    ids = torch.tensor([[0, 5, 9, 30]])
+    with torch.inference_mode():
+        hidden = model.base_model(input_ids=ids).last_hidden_state.float()
+        with fine_head(model):
+            found = model(input_ids=ids).logits
+        after = model(input_ids=ids).logits
+        expected = hidden @ model.get_output_embeddings().weight.float().T
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert after.dtype == torch.bfloat16
+
+
+def test_a_prompt_longer_than_the_settings_say_is_refused(
+    subject: SubjectModel, coder: SparseCoder
+) -> None:
+    with pytest.raises(ModelError, match=r"prompt 0 is too long \(9 tokens\), wanted at most 8"):
+        SteeredModel(subject, coder, HOOKPOINT, [np.arange(9)], [3], 8)
 
 
 def test_nothing_is_left_behind_by_a_try(
@@ -154,12 +277,12 @@ def plain_continuation(
     return tokens[at + 1 :].tolist()
 
 
-@pytest.mark.parametrize("batch_rows", [1, 3, 100])
+@pytest.mark.parametrize("step_rows", [1, 3, 100])
 def test_every_generated_token_is_steered(
-    subject: SubjectModel, coder: SparseCoder, prompts: list[np.ndarray], batch_rows: int
+    subject: SubjectModel, coder: SparseCoder, prompts: list[np.ndarray], step_rows: int
 ) -> None:
     draws = np.random.default_rng(1).random((len(ROWS), 6))
-    model = prepared(subject, coder, prompts, batch_rows)
+    model = prepared(subject, coder, prompts, step_rows)
     found = model.continuations(ROWS, STRENGTHS, draws, 1.0)
     directions = coder.decoder_rows(list(LATENTS))
     first_only = 0
@@ -231,7 +354,7 @@ def test_generate_is_steered_at_left_padded_prompts_and_at_every_token(
 
 def test_a_prompt_of_one_token_is_refused(subject: SubjectModel, coder: SparseCoder) -> None:
     with pytest.raises(ModelError, match=r"prompt 1 is too short \(1 tokens\), wanted at least 2"):
-        SteeredModel(subject, coder, HOOKPOINT, [np.array([0, 1]), np.array([0])], [3, 4])
+        SteeredModel(subject, coder, HOOKPOINT, [np.array([0, 1]), np.array([0])], [3, 4], 8)
 
 
 def test_an_absurd_strength_gives_an_answer_or_nan_and_no_error(
@@ -275,12 +398,14 @@ def promote(
     layer = LayerKey("sae", hookpoint)
     config = InterventionsConfig(kl=(kl,), n_prompts=24, n_for_explainer=6, n_tokens=6)
     rows = [(5, i, 9 + i % 5, 1.0) for i in range(len(texts))]
+    splits = np.array([0, 2, 2, 2] * len(texts), dtype=np.int8)
     names = ["latent", "context", "position", "activation"]
     cache = ACTIVATIONS.conform(pl.DataFrame(rows, schema=names, orient="row"))
-    prompts = prompts_of(cache, layer, np.array([5]), config)
+    prompts = prompts_of(cache, layer, np.array([5]), config, splits)
     tokens = [texts[c][: p + 1] for c, p in prompts.select("context", "position").iter_rows()]
     coder = planted(subject, token)
-    model = SteeredModel(subject, coder, hookpoint, tokens, prompts["latent"].to_list())
+    latents = prompts["latent"].to_list()
+    model = SteeredModel(subject, coder, hookpoint, tokens, latents, config.prompt_len)
     writer = Writer(subject.detokenizer, text_ends(subject))
     return Outcome.concat(
         list(intervene(prompts, tokens, model, layer, config, writer).values()), layer
@@ -334,7 +459,7 @@ def test_realised_divergence_is_within_a_tenth_of_its_target_or_flagged_on_the_d
     coder = open_coder(SparsifyCoderConfig(path=DEMO_SAES), "layers.9").coder
     latents = [10 * i for i in range(6) for _ in range(4)]
     prompts = [text[: 8 + i] for i, text in enumerate(english)]
-    model = SteeredModel(smollm2, coder, "layers.9", prompts, latents)
+    model = SteeredModel(smollm2, coder, "layers.9", prompts, latents, 64)
     row = np.arange(24).reshape(6, 4)
 
     def divergence_of(items: np.ndarray, strengths: np.ndarray) -> Any:
@@ -370,3 +495,19 @@ def test_cuda_steers_as_the_cpu_does(
     found = prepared(other, coder, prompts).divergence(ROWS, STRENGTHS).kl
     expected = prepared(subject, coder, prompts).divergence(ROWS, STRENGTHS).kl
     assert found == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_cuda_a_latents_numbers_are_the_same_alone_and_beside_others(
+    tiny_subject_model_dir: Path, coder: SparseCoder, prompts: list[np.ndarray], dtype: str
+) -> None:
+    content = {"source": str(tiny_subject_model_dir), "dtype": dtype, "device": "cuda"}
+    other = open_subject_model(SubjectModelConfig.model_validate(content))
+    draws = np.random.default_rng(7).random((len(LENGTHS), 4))
+    together = everything(other, coder, prompts, ROWS[::-1].copy(), draws)
+    for latent in set(LATENTS):
+        mine = np.flatnonzero(np.array(LATENTS) == latent)
+        alone = everything(other, coder, prompts, mine, draws)
+        assert alone == {row: together[row] for row in alone}

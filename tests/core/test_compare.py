@@ -10,6 +10,7 @@ from scipy import stats
 
 from autointerp_dagster.core.config import MetricsConfig
 from autointerp_dagster.core.metrics.compare import StudyDifference, compared_studies, holm
+from autointerp_dagster.core.metrics.resampling import expansion
 from autointerp_dagster.core.schemas import LATENT_METRICS
 
 CONFIG = MetricsConfig(n_bootstrap=1000)
@@ -42,7 +43,8 @@ def test_a_difference_is_the_other_study_minus_the_baseline_over_the_latents_of_
     assert row.difference == pytest.approx(0.2)
     assert (row.n_pairs, row.n_baseline, row.n_study) == (3, 4, 3)
     assert row.p == pytest.approx(stats.wilcoxon([0.2, 0.3, 0.1]).pvalue)
-    assert (row.lo, row.hi) == pytest.approx((0.1, 0.3))
+    reach = 0.1 * expansion(3, 0.95)
+    assert (row.lo, row.hi) == pytest.approx((0.2 - reach, 0.2 + reach))
     assert (row.study, row.scorer, row.metric) == ("second", "detection", "balanced_accuracy")
 
 

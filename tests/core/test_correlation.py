@@ -3,6 +3,7 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from autointerp_dagster.core.metrics.correlation import correlation_estimates
 from autointerp_dagster.core.metrics.slices import sliced
@@ -119,7 +120,12 @@ def test_the_value_is_numpys_and_the_interval_holds_it(windows):
         (
             [row(None, [1.0], reason="unparsable"), row([1.0, 2.0], [0, 0], is_activating=False)],
             "failed",
-            "missing_class",
+            "failed",
+        ),
+        (
+            [row([3.0, 3.0], [1.0, 2.0]), row(None, [0.0], reason="budget", is_activating=False)],
+            "undefined",
+            "unasked",
         ),
     ],
 )
@@ -139,6 +145,29 @@ def test_failed_windows_are_counted_and_left_out():
     assert (activating["n"], activating["n_failed"]) == (1, 1)
     assert (both["n"], both["n_failed"], both["status"]) == (2, 3, "ok")
     assert activating["value"] == pytest.approx(np.corrcoef([1, 2, 0], [1, 3, 0])[0, 1])
+
+
+def test_few_activating_windows_say_next_to_nothing_however_many_others_there_are():
+    rng = np.random.default_rng(4)
+    silent = noisy(rng, 60, is_activating=False)
+    for n, is_open in ((1, True), (4, True), (5, False)):
+        found = metric_of(estimates_of(*noisy(rng, n), *silent), "r_all")
+        assert ((found["lo"], found["hi"]) == (-1, 1)) is is_open
+        if not is_open:
+            student = stats.t.ppf(0.975, 4)
+            width = np.arctanh(min(found["hi"], 0.9999)) - np.arctanh(found["lo"])
+            assert width > 2 * student / np.sqrt(65 * 4)
+
+
+def test_slices_are_not_resampled():
+    rows = noisy(np.random.default_rng(2), 12, quantile=0)
+    rows += noisy(np.random.default_rng(3), 12, is_activating=False)
+    frame = sliced(frame_of(*rows))
+    one, other = (correlation_estimates(frame, FRACTION, 100, seed) for seed in (0, 1))
+    limits = [f.sort("variant", "metric").select("variant", "lo", "hi") for f in (one, other)]
+    is_slice = pl.col("variant") != "all"
+    assert limits[0].filter(is_slice).equals(limits[1].filter(is_slice))
+    assert not limits[0].filter(~is_slice).equals(limits[1].filter(~is_slice))
 
 
 def test_one_window_says_nothing_about_others():

@@ -12,11 +12,22 @@ from record_builders import LATENT, VOCABULARY, make_record, make_window, make_w
 from sklearn.metrics import roc_auc_score
 
 from autointerp_dagster.core import highlight
-from autointerp_dagster.core.config import EmbeddingConfig, ExampleEmbeddingConfig
+from autointerp_dagster.core.config import (
+    EmbeddingConfig,
+    ExampleEmbeddingConfig,
+    IntruderConfig,
+)
+from autointerp_dagster.core.highlight import EXPLANATION_CAP
 from autointerp_dagster.core.schemas import VERDICTS
 from autointerp_dagster.core.scorers import embedding, example_embedding
+from autointerp_dagster.core.scorers.intruder import trials_of
 from autointerp_dagster.core.scorers.planning import Job
-from autointerp_dagster.core.scorers.tasks import ScoringTask, verdicts_frame
+from autointerp_dagster.core.scorers.tasks import (
+    ScoringTask,
+    judged_windows,
+    silent_windows,
+    verdicts_frame,
+)
 from autointerp_dagster.core.types import LatentId
 
 
@@ -151,6 +162,25 @@ def test_hostile_windows_stay_data():
     assert [v.status for v in scored([record])] == ["failed"] * 2  # an empty text has no vector
 
 
+def test_a_window_that_was_drawn_as_two_kinds_is_used_once_in_all_scorers():
+    silent = [
+        make_window(f"w{i} is here", None, window_id=i << 16, split=split, kind=kind, rank=rank)
+        for split, first in (("test", 0), ("train", 50))
+        for i in range(first, first + 3)
+        for rank, kind in enumerate(("similar", "random"))
+    ]
+    firing = [*make_windows(10, activating=True, split="train"), *make_windows(40, activating=True)]
+    record = make_record([*firing, *silent])
+    assert [w.negative_kind for w in silent_windows(record, "test")] == ["random"] * 3
+    found = rounds(record, n_rounds=9)
+    assert sorted(r.silent.window_id >> 16 for r in found) == [0, 1, 2]
+    assert all(len(r.far) == 3 for r in found)
+    trials = trials_of(record, IntruderConfig(n_trials=9), VOCABULARY)
+    assert sorted(t.intruder.window_id >> 16 for t in trials) == [0, 1, 2]
+    assert {t.intruder.negative_kind for t in trials} == {"random"}
+    assert judged_windows(record, None)[1] == silent_windows(record, "test")
+
+
 # --- verdicts
 
 
@@ -165,7 +195,7 @@ def test_delta_is_the_mean_cosine_with_the_near_less_that_with_the_far():
     # p: .6 - mean(.8, -.6) = .5; u: 0 - mean(1, 0) = -.5
     assert (p.score, u.score) == (pytest.approx(0.5), pytest.approx(-0.5))
     assert (p.is_activating, p.quantile, p.negative_kind) == (True, only.quantile, None)
-    assert (u.is_activating, u.quantile, u.negative_kind) == (False, None, "random")
+    assert (u.is_activating, u.quantile, u.negative_kind) == (False, only.quantile, "random")
     assert {(v.explainer, v.subject, v.variant, v.prediction, v.call_id) for v in (p, u)} == {
         (None, "own", "all", None, None)
     }
@@ -249,6 +279,11 @@ def test_a_query_prefix_reaches_explanations_and_no_window():
     prefixed = [text for text in embedder.texts if text.startswith("Query: ")]
     assert prefixed == ["Query: words for water", "Query: names of kings"]
     assert len(embedder.texts) == 10
+
+
+def test_no_more_of_an_explanation_is_embedded_than_a_judge_sees():
+    task = ScoringTask(LATENT, "default", "own", LATENT.index, "a < b\n" + "x" * 5000)
+    assert embedding.query_text(task, "Query: ") == "Query: a < b\n" + "x" * (EXPLANATION_CAP - 6)
 
 
 def test_distinct_texts_of_latents_that_share_windows_are_embedded_once():

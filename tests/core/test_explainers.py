@@ -1,10 +1,14 @@
 import dataclasses
+import weakref
 from collections import Counter
+from itertools import islice
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from record_builders import (
     BLOCK,
     LATENT,
@@ -26,13 +30,15 @@ from autointerp_dagster.core.config import (
 )
 from autointerp_dagster.core.explainers import (
     Explanation,
+    explain,
     explainer_version,
     explanations_frame,
+    failed_explanation,
     make_explainer,
     skipped_explanation,
 )
-from autointerp_dagster.core.explainers.contrastive import spread_over_quantiles
 from autointerp_dagster.core.explainers.default import shown_example
+from autointerp_dagster.core.explainers.spreading import spread_over_quantiles
 from autointerp_dagster.core.highlight import marked_runs, shown_explanation
 from autointerp_dagster.core.llm import FreeText
 from autointerp_dagster.core.prompts import (
@@ -54,7 +60,7 @@ from autointerp_dagster.core.prompts.explanation import (
     PROMOTED_VERSION,
 )
 from autointerp_dagster.core.prompts.refine import REFINE_VERSION, refine_prompt
-from autointerp_dagster.core.schemas import EXPLANATION_REASONS, EXPLANATIONS
+from autointerp_dagster.core.schemas import EXPLANATION_REASONS, EXPLANATIONS, VerdictReason
 from autointerp_dagster.core.types import LatentId
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
@@ -97,6 +103,19 @@ def test_train_windows_are_shown_by_rank_and_no_others():
     silent = make_window("see w5 here", None, split="train", window_id=5)
     request = asked(make_record([*windows, silent]), n_examples=2)
     assert read_examples(request.messages[-1].content) == ("see <<w0>> here", "see <<w1>> here")
+
+
+def test_fewer_windows_than_there_are_come_from_all_quantiles_the_strongest_first():
+    place = {"split": "train"}
+    windows = [  # ten quantiles of four windows, ranked as a record ranks them
+        make_window(f"w{i} here", [4.0, 0], rank=i, quantile=i // 4, window_id=i, **place)
+        for i in range(40)
+    ]
+    for explainer in (default, single):
+        for n, ranks in ((10, range(0, 40, 4)), (5, (4, 12, 20, 28, 36)), (40, range(40))):
+            request = explainer(n_examples=n).request(make_record(windows), VOCABULARY, BLOCK)
+            shown = read_examples(request.messages[-1].content)
+            assert shown == tuple(f"<<w{rank}>> here" for rank in ranks)
 
 
 def test_the_prompt_does_not_depend_on_the_order_of_the_records_windows():
@@ -156,7 +175,8 @@ def test_an_unparsable_answer_is_a_failed_row_and_never_a_text(text):
 
 
 @pytest.mark.parametrize(
-    "reason", ["unparsable", "refused", "call_failed", "budget", "deadline", "not_recorded"]
+    "reason",
+    ["unparsable", "refused", "call_failed", "budget", "deadline", "not_recorded", "too_long"],
 )
 def test_a_failed_call_is_a_failed_row_with_its_reason_even_if_there_is_a_text(reason):
     for text in (None, "[EXPLANATION]: cats"):
@@ -246,6 +266,60 @@ def test_explainers_have_the_name_of_the_study_and_a_version():
     assert top_tokens().version != ""
 
 
+def test_every_reason_of_a_completion_is_one_of_an_explanation():
+    for reason in get_args(VerdictReason):
+        row = failed_explanation(LATENT, "e", answered(None, reason=reason))
+        is_answer = reason in ("no_logprobs", "off_target")
+        assert row.reason == ("unparsable" if is_answer else row.reason)
+        assert row.reason in EXPLANATION_REASONS
+
+
+class Attentive:
+    """Answers one question at a time, after it has drawn so many ahead."""
+
+    identity = "attentive"
+
+    def __init__(self, n_ahead):
+        self._n_ahead = n_ahead
+
+    def answer(self, requests):
+        requests = iter(requests)
+        while ahead := list(islice(requests, self._n_ahead)):
+            for request in ahead:
+                yield request, OK
+
+
+def mixed_records(n, made):
+    """Made one by one, every fourth with train windows; notes a part of each."""
+    for i in range(n):
+        latent = LatentId("sae", "layers.3", i)
+        record = make_record(n_train=2 if i % 4 == 3 else 0, n_test=1, latent=latent)
+        made.append(weakref.ref(record.windows[0].activations))
+        yield record
+        del record
+
+
+def test_records_that_ask_nobody_are_not_kept():
+    for make, llm in ((default, Attentive(2)), (top_tokens, None)):
+        made, rows, most = [], [], 0
+        for row in explain(make(), mixed_records(400, made), VOCABULARY, llm, lambda _: BLOCK):
+            rows.append(row.latent.index)
+            most = max(most, sum(part() is not None for part in made))
+        assert sorted(rows) == list(range(400))
+        assert most < 5
+
+
+def test_a_question_without_a_model_is_missed_loudly():
+    with pytest.raises(ValueError, match="no model to ask"):
+        list(explain(default(), [make_record(n_train=1)], VOCABULARY, None, lambda _: BLOCK))
+
+
+def test_steps_without_room_for_them_are_refused():
+    with pytest.raises(ValidationError, match="max_tokens is 299, wanted 300 or more"):
+        default(chain_of_thought=True, max_tokens=299)
+    assert default(chain_of_thought=True, max_tokens=300).config.chain_of_thought
+
+
 # --- options of the default explainer
 
 
@@ -261,7 +335,7 @@ def test_without_its_options_the_default_prompt_is_what_it_was():
 
 
 def test_thinking_first_is_asked_for_and_shown_in_every_worked_turn():
-    request = asked(make_record(n_train=2), chain_of_thought=True)
+    request = asked(make_record(n_train=2), chain_of_thought=True, max_tokens=400)
     plain = asked(make_record(n_train=2))
     assert "at most five of the marked words" in request.messages[0].content
     assert request.messages[0].content.endswith(plain.messages[0].content.splitlines()[-1])
@@ -273,7 +347,7 @@ def test_thinking_first_is_asked_for_and_shown_in_every_worked_turn():
 
 
 def test_worked_thoughts_name_at_most_five_words_that_are_marked():
-    request = asked(make_record(n_train=1), chain_of_thought=True)
+    request = asked(make_record(n_train=1), chain_of_thought=True, max_tokens=400)
     first_steps = [m.content.splitlines()[0] for m in request.messages[2:-1:2]]
     assert all(len(step.split(",")) <= 5 for step in first_steps)
     weather = "".join(marked_runs(request.messages[1].content))
@@ -316,7 +390,7 @@ def test_hostile_promoted_tokens_stay_data():
 
 def test_an_option_changes_the_version_of_its_users_alone():
     versions = {
-        default(chain_of_thought=steps, show_promoted=promoted).version
+        default(chain_of_thought=steps, show_promoted=promoted, max_tokens=400).version
         for steps in (False, True)
         for promoted in (False, True)
     }
@@ -339,6 +413,14 @@ def test_a_long_answer_is_kept_whole_on_one_line_and_capped_where_it_is_shown(ma
 
 def contrastive(**parameters):
     return make_explainer("contrast", ContrastiveExplainerConfig(kind="contrastive", **parameters))
+
+
+def test_a_silent_window_that_was_drawn_as_two_kinds_is_shown_once():
+    record = with_silent(make_record(n_train=3), n=2)
+    twice = dataclasses.replace(record.windows[-1], negative_kind="neighbour", rank=0)
+    doubled = dataclasses.replace(record, windows=(*record.windows, twice))
+    shown = read_examples(contrast(doubled).messages[-1].content)
+    assert len(shown) == len(set(shown)) == 5
 
 
 def with_silent(record, n=6):

@@ -263,6 +263,13 @@ def test_p_above_is_under_half_the_error_rate_just_when_the_limit_is_above_the_c
         assert np.array_equal(p < 0.025, lo > 0.6)
 
 
+def test_p_above_of_a_value_at_its_limit_says_on_which_side_of_the_cut_it_is() -> None:
+    at = floats(0, 0.5, 0.6, 0.7, 1)
+    p = intervals.p_above(at, at, 0.6, CONFIDENCE)
+    assert p == pytest.approx([1, 1, 1, 0.025, 0.025])
+    assert np.isfinite(intervals.benjamini_hochberg(p)).all()
+
+
 def test_p_above_of_an_unknown_value_is_unknown() -> None:
     unknown = floats(math.nan)
     assert np.isnan(intervals.p_above(unknown, unknown, 0.6, CONFIDENCE)[0])
@@ -306,7 +313,7 @@ def test_bootstrap_means_use_the_latents_that_have_a_value() -> None:
     assert known.min() == 1
     assert known.max() == 3
     assert np.isnan(means[:, 1]).all()
-    assert resampling.percentile_intervals(means, CONFIDENCE).lo[0] == 1
+    assert resampling.percentile_interval(means[:, 0], CONFIDENCE)[0] == 1
     assert resampling.bootstrap_means(values[:0], 5, np.random.default_rng(0)).shape == (5, 2)
 
 

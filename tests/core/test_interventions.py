@@ -6,11 +6,12 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from dataset_builders import make_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from autointerp_dagster.core.config import InterventionsConfig
+from autointerp_dagster.core.config import InterventionsConfig, SamplingConfig
 from autointerp_dagster.core.hooks import captured_outputs
 from autointerp_dagster.core.interventions import interventions_of
 from autointerp_dagster.core.interventions.directions import ablated, activations_of
@@ -35,9 +36,13 @@ from autointerp_dagster.core.interventions.texts import (
 from autointerp_dagster.core.schemas import ACTIVATIONS
 from autointerp_dagster.core.sparse_coders import TopKCoder
 from autointerp_dagster.core.types import LayerKey
+from autointerp_dagster.core.windows import SPLITS as SPLIT_NAMES
+from autointerp_dagster.core.windows import context_splits, window_grid
 
 LAYER = LayerKey("sae", "layers.1")
 CONFIG = InterventionsConfig(n_prompts=20, n_for_explainer=5, min_len=4, prompt_len=10, n_tokens=3)
+SPLITS = np.tile(np.array([0, 2, 2, 2, 2, 0, 2, 2, 1, 2], dtype=np.int8), 100)
+"""Of the contexts: a fifth train, a tenth select, the others test."""
 
 
 def cached(*rows: tuple[int, int, int, float]) -> pl.DataFrame:
@@ -59,7 +64,7 @@ def many(n_contexts: int, latent: int = 7, seed: int = 0) -> pl.DataFrame:
 
 def drawn(activations: pl.DataFrame, *latents: int, **changes: object) -> pl.DataFrame:
     config = CONFIG.model_copy(update=changes)
-    return prompts_of(activations, LAYER, np.array(latents, dtype=np.int64), config)
+    return prompts_of(activations, LAYER, np.array(latents, dtype=np.int64), config, SPLITS)
 
 
 def test_a_prompt_ends_with_the_first_token_on_which_the_latent_fires() -> None:
@@ -88,10 +93,35 @@ def test_quintiles_of_the_activation_are_drawn_evenly_for_both_kinds() -> None:
     assert means["activation"].is_sorted(descending=True)
 
 
-def test_with_few_prompts_the_explainers_share_shrinks_with_them() -> None:
-    shown = {n: drawn(many(n), 7)["is_for_explainer"].sum() for n in (1, 2, 4, 5, 8, 19, 20, 40)}
-    # a quarter of what there is, rounded up
-    assert shown == {1: 1, 2: 1, 4: 1, 5: 2, 8: 2, 19: 5, 20: 5, 40: 5}
+def test_neither_kind_makes_up_for_the_other_where_there_are_few() -> None:
+    found = {n: drawn(many(n), 7)["is_for_explainer"] for n in (1, 2, 6, 9, 30, 100)}
+    counts = {n: (int(shown.sum()), int((~shown).sum())) for n, shown in found.items()}
+    assert counts == {1: (1, 0), 2: (1, 1), 6: (2, 4), 9: (2, 6), 30: (5, 15), 100: (5, 15)}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(4, 12), st.floats(0.1, 0.8))
+def test_no_explainers_prompt_overlaps_a_test_window_and_no_scoring_one_a_train_window(
+    seed: int, window_len: int, train_share: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    documents = [
+        (f"d{i}", [rng.integers(1, 250, rng.integers(2, 40)).tolist() for _ in range(n)])
+        for i, n in enumerate(rng.integers(1, 6, 30).tolist())
+    ]
+    dataset = make_dataset(documents)
+    sampling = SamplingConfig(
+        window_len=window_len, train_share=train_share, split_block=2, seed=seed
+    )
+    splits = context_splits(dataset, sampling)
+    rows = [(7, c, int(rng.integers(3, 10)), 1.0) for c in range(len(splits))]
+    found = prompts_of(cached(*rows), LAYER, np.array([7]), CONFIG, splits)
+    grid = window_grid(dataset, sampling)
+    for context, position, shown in found.select(
+        "context", "position", "is_for_explainer"
+    ).iter_rows():
+        covered = (grid.context == context) & (grid.start <= position)
+        assert set(grid.split[covered]) <= {SPLIT_NAMES.index("train" if shown else "test")}
 
 
 @settings(max_examples=20, deadline=None)

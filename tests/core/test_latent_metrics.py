@@ -134,6 +134,16 @@ def test_a_missing_class_gives_null_never_zero() -> None:
         assert found["status"] == "missing_class"
 
 
+def test_a_class_all_of_which_failed_is_failed_not_missing() -> None:
+    frame = measure(answers(0, "xxx", "010"))
+    found = dict(frame.filter(pl.col("variant") == "all").select("metric", "status").iter_rows())
+    assert (found["sensitivity"], found["specificity"]) == ("failed", "ok")
+    assert {found[name] for name in ("balanced_accuracy", "precision", "f1")} == {"failed"}
+    frame = measure([*answers(0, "11", ""), *answers(0, "", "xx", reason="budget")])
+    assert row(frame, "balanced_accuracy")["status"] == "unasked"
+    assert row(frame, "specificity")["status"] == "unasked"
+
+
 def test_failed_verdicts_are_left_out_and_counted() -> None:
     frame = measure(answers(0, "11x0", "xx00"))
     found = row(frame, "balanced_accuracy")

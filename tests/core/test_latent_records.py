@@ -207,8 +207,8 @@ class Oracle:
             n_silent = getattr(config, f"n_negative_{split}")
             silent, passed_over = self.silent(code, chosen, n_silent, shown)
             n_dropped += passed_over
+            shown = [*shown, *chosen, *silent]
             if split == "train":
-                shown = chosen + silent
                 used = [w for w in self.strongest_first if w in chosen]
             else:
                 used = sorted(chosen, key=lambda w: self.hashed(3, self.id(w)))
@@ -335,11 +335,15 @@ def test_train_and_test_never_overlap_nor_nearly(strategy):
         assert mine["window_id"].is_unique().all()
         for row in mine.iter_rows(named=True):
             splits_of_block[block_of[row["window_id"]]].add(row["split"])
-        shown = [window_of[i] for i in mine.filter(pl.col("split") == "train")["window_id"]]
-        judged = [window_of[i] for i in mine.filter(pl.col("split") != "train")["window_id"]]
-        assert shown
-        assert judged
-        assert not any(oracle.is_repeat(w, shown) for w in judged)
+        train, select, test = (
+            [window_of[i] for i in mine.filter(pl.col("split") == split)["window_id"]]
+            for split in SPLITS
+        )
+        assert train
+        assert select
+        assert test
+        assert not any(oracle.is_repeat(w, train) for w in select)
+        assert not any(oracle.is_repeat(w, [*train, *select]) for w in test)
     assert all(len(splits) == 1 for splits in splits_of_block.values())
     assert tables.latents["n_near_duplicates"].sum() > 0
 

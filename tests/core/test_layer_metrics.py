@@ -36,7 +36,7 @@ def test_statistics_over_latents_are_those_worked_out_by_hand() -> None:
     assert (row(frame, "median")["n"], row(frame, "median")["n_failed"]) == (4, 0)
     for statistic in ("median", "mean"):
         found = row(frame, statistic)
-        assert 0.5 <= found["lo"] < found["value"] < found["hi"] <= 0.9
+        assert 0 <= found["lo"] < found["value"] < found["hi"] <= 1
     assert row(frame, "q25")["lo"] is None
 
 
@@ -69,8 +69,53 @@ def test_lift_is_the_mean_of_own_minus_other_over_the_same_latents() -> None:
     found = row(summarise(rows), "lift_over_other")
     assert found["value"] == pytest.approx(0.25)
     assert (found["n"], found["status"]) == (2, "ok")
-    # A resample of two pairs holds one of them twice, or both.
-    assert (found["lo"], found["hi"]) == pytest.approx((0.1, 0.4))
+    # A resample of two pairs holds one of them twice, or both; one degree of freedom.
+    reach = 0.15 * math.sqrt(2) * stats.t.ppf(0.975, 1) / stats.norm.ppf(0.975)
+    assert (found["lo"], found["hi"]) == pytest.approx((0.25 - reach, 0.25 + reach))
+
+
+def test_one_latent_has_a_median_a_mean_and_a_lift_without_limits() -> None:
+    frame = summarise([make_metric(0, 0.8), make_metric(0, 0.5, subject="other")])
+    for statistic in ("median", "mean", "lift_over_other"):
+        found = row(frame, statistic)
+        assert (found["n"], found["lo"], found["hi"]) == (1, None, None)
+        assert found["value"] is not None
+
+
+@pytest.mark.parametrize("n", [2, 4, 10])
+def test_intervals_over_few_latents_cover_the_mean_and_the_median(n: int) -> None:
+    rng, config, n_layers = np.random.default_rng(n), MetricsConfig(n_bootstrap=300), 400
+    # As if the layers were explainers: one call measures them all.
+    rows = [
+        make_metric(i, float(value), explainer=str(layer))
+        for layer, values in enumerate(rng.normal(0.7, 0.05, (n_layers, n)))
+        for i, value in enumerate(values)
+    ]
+    frame = summarise(rows, config).drop_nulls("lo")
+    for statistic in ("mean", "median"):
+        found = frame.filter(pl.col("statistic") == statistic)
+        covers = (found["lo"] <= 0.7) & (found["hi"] >= 0.7)
+        assert found.height == n_layers
+        assert 0.91 <= covers.mean() <= 0.995  # type: ignore[operator]
+
+
+def test_ratios_at_a_latents_own_rate_have_no_statistics_over_latents() -> None:
+    names = ("precision_weighted", "f1_weighted")
+    rows = [make_metric(i, 0.9, metric=name) for i in range(3) for name in names]
+    rows += [make_metric(i, 0.5, metric=name, subject="other") for i in range(3) for name in names]
+    frame = summarise([*rows, make_metric(0, 0.9, metric="recall_weighted")])
+    assert set(frame["metric"]) == {"recall_weighted", "latents"}
+
+
+def test_a_standard_error_has_no_lift() -> None:
+    rows = [
+        make_metric(i, 0.1, scorer="intervention", metric=metric, subject=subject)
+        for i in range(3)
+        for metric in ("mean_nats", "se_nats")
+        for subject in ("own", "other")
+    ]
+    lifts = summarise(rows).filter(pl.col("statistic") == "lift_over_other")
+    assert lifts["metric"].to_list() == ["mean_nats"]
 
 
 def test_without_floors_there_is_no_lift() -> None:
@@ -92,6 +137,28 @@ def test_interpretable_share_controls_false_discoveries_among_latents() -> None:
     rows += [make_metric(i, 0.3, lo=limits[3].low, hi=limits[3].high) for i in range(4, 12)]
     found = row(summarise(rows), "share_interpretable")
     assert found["value"] == pytest.approx(1 / 12)
+
+
+def test_the_interpretable_share_of_latents_that_stopped_when_sure_is_undefined() -> None:
+    rows = [make_metric(i, 0.9, lo=0.7, hi=1.0) for i in range(5)]
+    rows += [
+        make_metric(i, 0.9, lo=0.8, hi=1.0, scorer="embedding", metric="auroc") for i in (0, 1)
+    ]
+    frame = layer_metrics_of(
+        LAYER, make_latents(["ok"] * 5), make_metrics(rows), CONFIG, adaptive=("detection",)
+    )
+    shares = {r["scorer"]: r for r in frame.to_dicts() if r["statistic"] == "share_interpretable"}
+    found = shares["detection"]
+    assert (found["value"], found["lo"], found["hi"], found["status"]) == (
+        None, None, None, "undefined",
+    )  # fmt: skip
+    assert (found["n"], shares["embedding"]["status"]) == (5, "ok")
+
+
+@pytest.mark.parametrize(("value", "share"), [(0.6, 0.0), (1.0, 1.0)])
+def test_a_value_at_its_own_lower_limit_is_cut_by_what_is_known(value: float, share: float) -> None:
+    found = row(summarise([make_metric(0, value, lo=value, hi=1.0)]), "share_interpretable")
+    assert (found["value"], found["status"]) == (share, "ok")
 
 
 def test_counts_tell_alive_dead_rare_dense_and_explained_latents() -> None:

@@ -131,6 +131,23 @@ def test_no_candidate_that_reads_as_a_label_gives_null_not_zero():
     assert LabelList(1).read("[1]", ()) == [LabelReading(True, None)]
 
 
+@pytest.mark.parametrize("nonsense", [math.nan, math.inf])
+@pytest.mark.parametrize("text", ["0", " 1"])
+def test_a_label_whose_candidate_is_no_log_probability_has_no_probability(text, nonsense):
+    top = (("1", -0.5), ("0", -1.0), (text, nonsense))
+    tokens = (Token("[", 0.0), Token("1", -0.5, top), Token("]", 0.0))
+    assert LabelList(1).read("[1]", tokens) == [LabelReading(True, None)]
+    harmless = (("1", math.log(0.6)), ("0", math.log(0.2)), ("maybe", nonsense))
+    tokens = (Token("[", 0.0), Token("1", -0.5, harmless), Token("]", 0.0))
+    assert LabelList(1).read("[1]", tokens) == [LabelReading(True, pytest.approx(0.75))]
+
+
+def test_a_log_probability_above_zero_counts_as_certain_and_none_as_never():
+    top = (("1", 800.0), ("0", 0.0), ("0", -math.inf))
+    tokens = (Token("[", 0.0), Token("1", 800.0, top), Token("]", 0.0))
+    assert LabelList(1).read("[1]", tokens) == [LabelReading(True, 0.5)]
+
+
 @pytest.mark.parametrize(
     ("text", "explanation"),
     [

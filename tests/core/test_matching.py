@@ -6,7 +6,12 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from autointerp_dagster.core.config import MetricsConfig
-from autointerp_dagster.core.metrics import Explained, explanation_similarity, matched_latents
+from autointerp_dagster.core.metrics import (
+    Explained,
+    explanation_similarity,
+    matched_latents,
+    with_cofiring,
+)
 from autointerp_dagster.core.schemas import ACTIVATIONS, STUDY_METRICS
 
 CONFIG = MetricsConfig(n_bootstrap=500)
@@ -30,7 +35,6 @@ def test_matches_are_mutual_nearest_above_the_cut() -> None:
     # a0 and a1 are both nearest to b1, and b1 is nearest to a0; a2 and b0 point apart.
     found = matched_latents(a, b)
     assert found.select("latent_a", "latent_b", "cosine").rows() == [(0, 1, 1.0)]
-    assert found["jaccard"].to_list() == [None]
 
 
 def test_a_match_below_the_cut_is_none() -> None:
@@ -46,8 +50,23 @@ def test_cofiring_is_counted_over_the_tokens_of_both() -> None:
     one = fires((0, 0, 1), (0, 0, 2), (0, 5, 1), (7, 0, 1))
     other = fires((0, 0, 2), (0, 5, 2), (6, 0, 1))
     eye = directions((1, 0), (0, 1))
-    found = matched_latents(eye, eye, one, other)
+    found = with_cofiring(matched_latents(eye, eye), one, other)
     assert found.select("n_both", "n_either", "jaccard").rows() == [(1, 4, 0.25), (0, 0, None)]
+    for cut, kept in ((0.25, [0]), (0.26, [])):
+        found = with_cofiring(matched_latents(eye, eye), one, other, cut)
+        assert found["latent_a"].to_list() == kept
+
+
+def test_matches_among_some_latents_are_those_among_all_that_both_are_in() -> None:
+    rng = np.random.default_rng(2)
+    a = rng.normal(size=(60, 5)).astype(np.float32)
+    b = (a[rng.permutation(60)] + 0.3 * rng.normal(size=(60, 5))).astype(np.float32)
+    some_a, some_b = rng.permutation(60)[:35], rng.permutation(60)[:35]
+    is_among = pl.col("latent_a").is_in(some_a.tolist()) & pl.col("latent_b").is_in(some_b.tolist())
+    expected = matched_latents(a, b).filter(is_among)
+    assert expected.height > 5
+    assert_frame_equal(matched_latents(a, b, (some_a, some_b), block=7), expected)
+    assert matched_latents(a, b, (some_a[:0], some_b)).is_empty()
 
 
 def test_blocks_change_nothing() -> None:
@@ -84,7 +103,7 @@ def test_a_direction_of_zeros_matches_nothing() -> None:
 def test_no_latents_have_no_matches() -> None:
     empty = np.zeros((0, 3), dtype=np.float32)
     assert matched_latents(empty, directions((1, 0, 0))).is_empty()
-    assert matched_latents(directions((1, 0, 0)), empty, fires(), fires()).is_empty()
+    assert matched_latents(directions((1, 0, 0)), empty).is_empty()
 
 
 def test_bad_directions_and_arguments_are_refused_by_name() -> None:
@@ -95,13 +114,11 @@ def test_bad_directions_and_arguments_are_refused_by_name() -> None:
         matched_latents(one, directions((1, 0, 0)))
     with pytest.raises(ValueError, match="min_cosine 0"):
         matched_latents(one, one, min_cosine=0.0)
-    with pytest.raises(ValueError, match="of both or none"):
-        matched_latents(one, one, fires())
 
 
 def matches(n: int) -> pl.DataFrame:
     eye = np.eye(n, dtype=np.float32)
-    return matched_latents(eye, eye)
+    return with_cofiring(matched_latents(eye, eye), fires(), fires())
 
 
 def explained(vectors: np.ndarray, latents: list[int] | None = None) -> Explained:

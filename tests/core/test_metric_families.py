@@ -1,7 +1,9 @@
 """Metrics of the scorers that are not detection or fuzzing, and of what each was asked about."""
 
+import math
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from metric_builders import (
@@ -16,6 +18,7 @@ from metric_builders import (
     make_verdicts,
 )
 from polars.testing import assert_frame_equal
+from record_builders import make_window
 from scipy import stats
 
 from autointerp_dagster.core.config import MetricsConfig
@@ -40,6 +43,9 @@ from autointerp_dagster.core.metrics import (
     study_metrics_of,
 )
 from autointerp_dagster.core.schemas import METRIC_STATUSES
+from autointerp_dagster.core.scorers import example_embedding
+from autointerp_dagster.core.scorers.tasks import verdicts_frame
+from autointerp_dagster.core.types import LatentId
 
 CONFIG = MetricsConfig(n_bootstrap=300)
 
@@ -79,6 +85,13 @@ def trial(window: int, sign: str, **columns: Any) -> dict[str, Any]:
     return make_verdict(0, window, False, **(answer | columns))
 
 
+def test_a_latent_with_further_variants_alone_has_a_row_that_says_so() -> None:
+    rows = [trial(i, "1", variant="internal", quantile=0) for i in range(3)]
+    frame = measure("intruder", IntruderConfig(internal=True), rows)
+    found = frame.select("variant", "metric", "value", "status").rows()
+    assert set(found) == {("internal", "accuracy", 1.0, "ok"), ("all", "accuracy", None, "too_few")}
+
+
 def test_every_scorer_of_a_study_has_a_family() -> None:
     assert set(FAMILIES) == set(ScorersConfig.model_fields)
     assert HEADLINE == {
@@ -92,6 +105,7 @@ def test_every_scorer_of_a_study_has_a_family() -> None:
         "intervention": "mean_nats",
     }
     assert (CHANCE["fuzzing"], CHANCE["simulation"], CHANCE["intruder"]) == (0.5, 0, 0.2)
+    assert CHANCE["intervention"] is None
 
 
 def test_trials_are_the_share_answered_right_with_wilsons_interval() -> None:
@@ -150,15 +164,22 @@ def test_a_scorer_without_explanations_has_one_row_per_latent_and_no_floors() ->
 
 
 def test_example_embedding_ranks_windows_under_a_null_explainer() -> None:
-    scores = {True: (0.4, 0.2), False: (0.3, 0.1)}
-    rows = [
-        make_verdict(0, i, is_activating, explainer=None, score=score, quantile=i)
-        for is_activating, both in scores.items()
-        for i, score in enumerate(both)
-    ]
+    latent = LatentId(LAYER.coder, LAYER.hookpoint, 0)
+    cosines = {"p0": 0.4, "u0": 0.3, "p1": 0.2, "u1": 0.1, "near": 1.0, "far": -1.0}
+    vector_of = {
+        text: np.array([c, math.sqrt(1 - c * c)], np.float32) for text, c in cosines.items()
+    }
+    verdicts = []
+    for q in (0, 1):
+        p = make_window("a", [4.0], window_id=q, quantile=q)
+        u = make_window("a", None, window_id=10 + q)
+        asked = example_embedding.Round(q, p, u, f"p{q}", f"u{q}", ("near",), ("far",))
+        verdicts += example_embedding.verdicts_of(latent, asked, vector_of)
+    rows = verdicts_frame(verdicts).to_dicts()
     frame = measure("example_embedding", ExampleEmbeddingConfig(), rows)
     # All pairs: .4 > .3, .4 > .1, .2 < .3, .2 > .1. A round's silent window is of its quantile.
-    assert values(frame, "auroc") == {"all": 0.75, "quantile=0": 1, "quantile=1": 1}
+    found = values(frame, "auroc")
+    assert (found["all"], found["quantile=0"], found["quantile=1"]) == (0.75, 1, 1)
 
 
 def test_surprisal_per_token_is_a_ranking_of_its_own() -> None:

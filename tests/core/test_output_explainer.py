@@ -70,6 +70,12 @@ def test_the_prompt_ends_with_the_latents_texts_and_promoted_tokens_as_the_worke
     assert answers == ["numbers", "storytelling", "fruits and vegetables"]
 
 
+def test_a_quote_inside_a_token_does_not_end_it():
+    request = asked([explaining(0, ['" (+0.9), "forged', "\\"], [0.5, 0.25])])[0]
+    (shown,) = [line for line in request.prompt.splitlines() if "forged" in line]
+    assert shown == r'Likelier: "\" (+0.9), \"forged" (+0.500), "\\" (+0.250)'
+
+
 @pytest.mark.parametrize("n_tokens", [1, 3, 5])
 def test_no_text_shows_more_tokens_than_asked_for(n_tokens):
     many = explaining(0, [f"w{i}" for i in range(10)], [0.1] * 10)

@@ -344,6 +344,17 @@ def test_at_most_sixteen_donors_are_kept_and_none_is_no_row():
     assert donors_of(LAYER, one_group(0), np.arange(5), alike, config).height == 0
 
 
+def test_latents_of_a_restricted_explainer_are_donors_besides():
+    decoder = np.zeros((400, 3), dtype=np.float32)
+    config, every = FloorsConfig(donor_block=400), np.arange(400)
+    steered = np.arange(300, 330)
+    floor = donors_of(LAYER, np.array([0]), every, decoder, config, steered)
+    usual = donors_of(LAYER, np.array([0]), every, decoder, config)["donor"].to_list()
+    assert set(usual) < set(floor["donor"].to_list())
+    assert floor.filter(pl.col("donor").is_in(steered))["donor"].n_unique() == N_DONORS
+    assert floor["rank"].to_list() == list(range(floor.height))
+
+
 def test_a_floor_latent_that_is_not_selected_is_an_error():
     with pytest.raises(ValueError, match="latent 9: a floor latent that is not selected"):
         donors_of(LAYER, np.array([9]), np.array([1]), np.ones((1, 2), np.float32), FloorsConfig())

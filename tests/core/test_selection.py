@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from record_builders import BLOCK, LATENT, VOCABULARY, make_record, make_window, make_windows
 
 from autointerp_dagster.core import highlight
@@ -13,6 +14,7 @@ from autointerp_dagster.core.explainers import explanations_frame
 from autointerp_dagster.core.llm import Completion
 from autointerp_dagster.core.prompts import asked_for, read_examples, read_question
 from autointerp_dagster.core.prompts.refine import FALSE_ALARM_HEADING, MISSED_HEADING
+from autointerp_dagster.core.schemas import UNDONE
 from autointerp_dagster.core.scorers.tasks import Verdict
 from autointerp_dagster.core.selection import SelectionModels, choose, choosing
 from autointerp_dagster.core.selection.mistakes import worst
@@ -226,7 +228,7 @@ def test_if_all_candidates_fail_the_first_stands_for_them():
     assert judge.asked == []
 
 
-@pytest.mark.parametrize("reason", ["refused", "unparsable", "call_failed", "too_long"])
+@pytest.mark.parametrize("reason", ["refused", "unparsable", "too_long"])
 def test_if_no_judgement_comes_the_first_text_is_selected(reason):
     rows = chosen(best_of(3), [record_of()], Samples("prose", NONE, GOOD), Judge(reason))
     assert [row.selected for row in rows] == [False, True, False]
@@ -238,7 +240,7 @@ def test_a_candidate_without_a_judgement_comes_after_one_with_any():
     assert selected(chosen(best_of(2), [record_of()], Samples(HALF, NONE), judge)).candidate == 1
 
 
-@pytest.mark.parametrize("reason", ["budget", "deadline", "not_recorded"])
+@pytest.mark.parametrize("reason", UNDONE)
 @pytest.mark.parametrize("config", [best_of(2), refine(n_loops=2)], ids=["best_of_n", "refine"])
 def test_a_choice_that_the_run_cut_short_is_never_taken_as_made(config, reason):
     explainer = Samples(GOOD, HALF, NONE)
@@ -246,6 +248,33 @@ def test_a_choice_that_the_run_cut_short_is_never_taken_as_made(config, reason):
     assert {(row.status, row.reason, row.text) for row in rows} == {("failed", reason, None)}
     assert sum(row.selected for row in rows) == 1
     assert len(rows) == (2 if config.kind == "best_of_n" else 1)
+
+
+def test_one_failed_call_to_the_judge_is_enough_to_choose_again():
+    class Flaky(Judge):
+        def answer(self, requests):
+            for request, completion in super().answer(requests):
+                is_lost = len(self.asked) == 1
+                lost = Completion("lost", None, reason="call_failed")
+                yield request, lost if is_lost else completion
+
+    rows = chosen(best_of(3), [record_of()], Samples(HALF, NONE, GOOD), Flaky())
+    assert [row.reason for row in rows].count("call_failed") == 1
+    assert explanations_frame(rows)["reason"].is_in(UNDONE).any()
+    explainer = Samples(HALF, GOOD)
+    (row,) = chosen(refine(n_loops=1), [record_of()], explainer, Flaky())
+    assert (row.status, row.reason) == ("failed", "call_failed")
+    assert len(explainer.asked) == 1
+
+
+def test_answers_at_temperature_zero_are_not_paid_again():
+    with pytest.raises(ValidationError, match="temperature"):
+        best_of(2, temperature=0.0)
+    explainer = Samples("prose")
+    rows = chosen(refine(n_loops=2, temperature=0.0), [record_of()], explainer)
+    assert [row.status for row in rows] == ["failed"] * 3
+    assert len({request.call_id("model") for request in explainer.asked}) == 1
+    assert {request.seed for request in explainer.asked} == {None}
 
 
 @pytest.mark.parametrize("missing", ["activating", "silent", "both"])

@@ -386,7 +386,9 @@ def places(*tops):
         places(*[[("0", -1.0)]] * 7),  # one too many
         places(*[[("0", -1.0)]] * 5, []),
         places(*[[("0", -1.0)]] * 5, [("?", -1.0), ("11", -0.1), ("zero", -1.0), ("01", -1.0)]),
-        places(*[[("0", -1.0)]] * 5, [("3", math.nan), ("4", -math.inf), ("5", math.inf)]),
+        places(*[[("0", -1.0)]] * 5, [("4", -math.inf)]),
+        places(*[[("0", -1.0)]] * 5, [("3", math.nan), ("7", -0.1)]),
+        places(*[[("0", -1.0)]] * 5, [("3", math.inf), ("7", -0.1)]),
     ],
 )
 def test_a_place_without_log_probabilities_of_an_integer_fails_the_row(tokens):
@@ -406,7 +408,7 @@ def test_the_expectation_is_over_the_candidates_that_read_as_integers():
         [("2", half), ("4", math.log(0.25)), ("?", math.log(0.25))],  # (2*.5 + 4*.25) / .75
         [(" 10", half), ("10", half)],
         [("0", -800.0), ("3", -800.0)],  # both underflow; (0 + 3) / 2
-        [("7", 5000.0), ("1", -math.inf), ("0", math.nan)],  # nonsense from a server, no crash
+        [("7", 5000.0), ("1", -math.inf), ("?", math.nan)],  # nonsense from a server, no crash
         [("10", math.log(0.9)), ("12", math.log(0.1))],
     ]
     expected = simulation.expected_activations(places(*tops), 5)

@@ -10,11 +10,18 @@ from hypothesis import strategies as st
 from record_builders import BLOCK, VOCABULARY, make_record
 from scipy import stats
 
-from autointerp_dagster.core.config import AdaptiveConfig, DetectionConfig, FuzzingConfig
+from autointerp_dagster.core.config import (
+    AdaptiveConfig,
+    DetectionConfig,
+    FuzzingConfig,
+    MetricsConfig,
+)
 from autointerp_dagster.core.latent_records import LatentRecord
 from autointerp_dagster.core.llm import Completion
+from autointerp_dagster.core.metrics import latent_metrics_of
 from autointerp_dagster.core.metrics.sequences import class_sizes, sequence_estimates
 from autointerp_dagster.core.prompts import read_question
+from autointerp_dagster.core.schemas import EXPLANATIONS
 from autointerp_dagster.core.scorers import Job, ScoringTask, detection, fuzzing, verdicts_frame
 from autointerp_dagster.core.scorers.adaptive import in_rounds
 from autointerp_dagster.core.scorers.running import judge
@@ -28,7 +35,7 @@ from autointerp_dagster.core.scorers.stopping import (
     is_sure,
     prompt_mean,
 )
-from autointerp_dagster.core.types import LatentId
+from autointerp_dagster.core.types import LatentId, LayerKey
 
 ADAPTIVE = AdaptiveConfig(target_halfwidth=0.18, min_prompts=4)
 EVEN = ClassWeights(1.0, 1.0)
@@ -360,6 +367,29 @@ def test_tiny_latents_are_asked_what_there_is(n_test, n_negative):
     record = make_record(n_test=n_test, n_negative=n_negative, latent=own(0).latent)
     frame = scored([Job(record, (own(0),))], Judge(is_activating))
     assert frame.height == n_test + n_negative
+
+
+@pytest.mark.parametrize(("n_negative", "stops"), [(60, True), (30, True), (29, False)])
+def test_a_latent_with_very_unequal_classes_is_asked_everything(n_negative, stops):
+    latent = own(0).latent
+    job = Job(make_record(n_test=60, n_negative=n_negative, latent=latent), (own(0),))
+    frame = scored([job], Judge(is_activating, accuracy=1.0), adaptive=ADAPTIVE)
+    frame = frame.with_columns(call_id=pl.col("turn").cast(pl.String))
+    assert (frame.height < 60 + n_negative) is stops
+    sizes = class_sizes(windows_table([job]), None)
+    assert sequence_estimates(frame, sizes, 0.95).height == stops
+    # The ordinary interval stands where there is no sequence; either way there is one row.
+    here = {"latent": [0], "is_floor": [False], "coder": ["sae"], "hookpoint": ["layers.3"]}
+    selection = pl.DataFrame(here, schema_overrides={"latent": pl.UInt32})
+    asked = {"detection": DetectionConfig()}
+    metrics = latent_metrics_of(
+        LayerKey("sae", "layers.3"), selection, EXPLANATIONS.empty(), {"detection": frame}, asked,
+        MetricsConfig(), class_sizes={"detection": sizes},
+    )  # fmt: skip
+    found = metrics.filter(variant="all", metric="balanced_accuracy").row(0, named=True)
+    assert found["value"] == 1
+    if not stops:
+        assert found["lo"] > 0.9
 
 
 # --- metrics

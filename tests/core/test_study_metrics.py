@@ -10,6 +10,7 @@ from scipy import stats
 
 from autointerp_dagster.core.config import MetricsConfig
 from autointerp_dagster.core.metrics import judge_is_too_weak, study_metrics_of
+from autointerp_dagster.core.metrics.resampling import expansion
 from autointerp_dagster.core.schemas import LATENT_METRICS
 
 CONFIG = MetricsConfig(n_bootstrap=1000)
@@ -42,7 +43,8 @@ def test_own_against_other_is_paired_over_floor_latents_of_all_layers() -> None:
     found = row(study(rows), "subject", "own", "other", "default", "detection", "mean_difference")
     assert found["value"] == pytest.approx(0.2)
     assert found["n"] == 3
-    assert (found["lo"], found["hi"]) == pytest.approx((0.1, 0.3))
+    reach = 0.1 * expansion(3, 0.95)
+    assert (found["lo"], found["hi"]) == pytest.approx((0.2 - reach, 0.2 + reach))
     assert found["p"] == pytest.approx(stats.wilcoxon([0.2, 0.3, 0.1]).pvalue)
 
 
@@ -125,7 +127,33 @@ def test_layers_are_compared_by_their_medians() -> None:
     found = row(study(rows), *names)
     assert found["value"] == pytest.approx(0.6 - 0.85)
     assert found["n"] == 5
-    assert (found["lo"], found["hi"]) == pytest.approx((0.5 - 0.9, 0.7 - 0.8))
+    reach = 0.1 * expansion(3, 0.95) + 0.05 * expansion(2, 0.95)
+    assert (found["lo"], found["hi"]) == pytest.approx((-0.25 - reach, -0.25 + reach))
+
+
+@pytest.mark.parametrize("n", [4, 5])
+def test_a_judge_with_fewer_than_five_floors_is_not_judged(n: int) -> None:
+    rng = np.random.default_rng(0)
+    own, other = rng.normal(0.9, 0.01, n), rng.normal(0.5, 0.01, n)
+    frame = study(floors(own.tolist(), other.tolist()))
+    assert judge_is_too_weak(frame, "detection", "default") is (None if n == 4 else False)
+
+
+@pytest.mark.parametrize("n", [4, 5, 8])
+def test_few_latents_correlate_within_wide_limits_or_none(n: int) -> None:
+    first = [i / 10 for i in range(n)]
+    rows = [make_metric(i, v) for i, v in enumerate(first)]
+    rows += [make_metric(i, v**2, scorer="fuzzing") for i, v in enumerate(first)]
+    found = row(study(rows), "scorer", "detection", "fuzzing", "default", None, "spearman")
+    assert found["value"] == pytest.approx(1)
+    if n < 5:
+        assert (found["lo"], found["hi"]) == (None, None)
+    else:
+        # Fisher's z of 1 - .5 / n, Bonett and Wright's standard error.
+        r = 1 - 0.5 / n
+        reach = stats.norm.ppf(0.975) * math.sqrt((1 + r * r / 2) / (n - 3))
+        assert found["lo"] == pytest.approx(math.tanh(math.atanh(r) - reach))
+        assert found["hi"] == pytest.approx(1)
 
 
 def test_layers_that_share_neither_coder_nor_hookpoint_are_not_compared() -> None:

@@ -37,6 +37,30 @@ def build_embedder(folder: Path) -> Path:
 
 
 @pytest.mark.slow
+def test_latents_that_two_layers_share_are_matched_and_explained_alike(
+    world: Path, server: FakeLLMServer, instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    embedder = {"source": str(build_embedder(tmp_path / "embedder")), "device": "cpu"}
+    models = {"embedder": {**embedder, "query_prefix": ""}}
+    same = {"format": "sparsify", "path": str(world / "coders")}
+    overrides = {**SMALL, "models": models, "coders": {"twin": same}, "scorers": {}}
+    bench = Bench(tmp_path, world, server.base_url, instance, overrides)
+    bench.run()
+    found = bench.table("study_metrics", "study_metrics").filter(comparison="matched")
+    pairs = ("sae@h.0", "twin@h.0"), ("sae@h.1", "twin@h.1"), ("sae@h.0", "sae@h.1")
+    same_0, same_1, apart = (found.filter(a=a, b=b) for a, b in pairs)
+    for rows in (same_0, same_1):
+        values = dict(rows.select("statistic", "value").iter_rows())
+        assert values["n_matched"] == 2
+        assert values["median_decoder_cosine"] == pytest.approx(1)
+        assert values["median_jaccard"] == 1
+        assert values["mean_similarity"] == pytest.approx(1)
+    # Other latents have a meaning in the other layer.
+    assert apart.filter(statistic="n_matched")["value"].to_list() == [0]
+    assert bench.stale() == set()
+
+
+@pytest.mark.slow
 def test_the_true_explanation_ranks_every_activating_window_first(
     world: Path, server: FakeLLMServer, instance: dg.DagsterInstance, tmp_path: Path
 ) -> None:

@@ -64,8 +64,9 @@ def version_of(head: Manifest) -> str:
     versions = {"stage": head.stage_version}
     if "scorer" in head.parameters:
         versions["scorer"] = head.parameters["scorer"]
-    for name, parameters in head.parameters.get("explainers", {}).items():
-        versions[name] = parameters["version"]
+    if head.stage == "explanations":
+        for name, parameters in head.parameters["explainers"].items():
+            versions[name] = parameters["version"]
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 

@@ -40,6 +40,13 @@ def test_every_latent_asked_about_has_a_row_per_target_and_prompts_it_fires_on(
         "latent", window_id=pl.col("context").cast(pl.UInt64) * 65_536 + pl.col("position")
     )
     assert prompts.join(fired, on=["latent", "window_id"], how="anti").is_empty()
+    seen = bench.table("latent_records", "windows").select(
+        pl.col("window_id") // 65_536, split=pl.col("split").cast(pl.String)
+    )
+    for shown, wanted in ((True, "train"), (False, "test")):
+        contexts = prompts.filter(pl.col("is_for_explainer") == shown)["window_id"] // 65_536
+        judged = seen.filter(pl.col("window_id").is_in(contexts.implode()))
+        assert set(judged["split"]) == {wanted}
     steered = {row["latent"] for row in found.iter_rows(named=True) if row["status"] == "ok"}
     assert steered
     assert found["n_dropped"].sum() == 0

@@ -152,3 +152,46 @@ def test_without_records_the_command_that_makes_them_is_named(world, server, tmp
     assert answer.exit_code == 1
     assert "autointerp run planted --until latent_records" in answer.stderr
     assert len(server.requests) == n_asked
+
+
+def with_overrides(bench, **overrides):
+    return Bench(
+        bench.folder, bench.world, bench.base_url, bench.instance, {**bench.overrides, **overrides}
+    )
+
+
+def test_each_explainer_is_counted_for_itself_while_none_has_answered(recorded):
+    chat = {"kind": "default", "n_examples": 12}
+    one = plan_of(with_overrides(recorded, explainers={"default": chat, "top_tokens": None}))
+    two = {"default": chat, "other": {**chat, "n_examples": 11}, "top_tokens": None}
+    both = plan_of(with_overrides(recorded, explainers=two))
+    for stage, n_stages in (("explanations", 2), ("score_detection", 2), ("score_fuzzing", 2)):
+        counted = by_stage(both)[stage]
+        assert counted.n_requests == n_stages * by_stage(one)[stage].n_requests
+        assert counted.n_known == 0
+
+
+def test_a_study_that_asks_no_model_has_an_empty_plan(recorded):
+    embedder = {"source": "embedded:all-minilm-l6-v2", "query_prefix": ""}
+    silent = with_overrides(
+        recorded,
+        models={"embedder": embedder},
+        explainers={"default": None, "top_tokens": {"kind": "top_tokens"}},
+        scorers={"detection": None, "fuzzing": None, "embedding": {}},
+    )
+    assert plan_of(silent).stages == ()
+    assert invoke("plan", silent.path).exit_code == 0
+
+
+def test_interventions_are_asked_for_where_questions_rest_on_them(recorded):
+    model = {"base_url": recorded.base_url, "model": "base", **PRICES}
+    steering = with_overrides(
+        recorded,
+        models={**recorded.overrides["models"], "base_lm": model},
+        explainers={"output": {"kind": "output"}, "top_tokens": None},
+        scorers={"intervention": {}},
+    )
+    answer = invoke("plan", steering.path)
+    assert answer.exit_code == 1
+    assert "no up-to-date interventions" in answer.stderr
+    assert "--until interventions" in answer.stderr

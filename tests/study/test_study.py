@@ -5,6 +5,7 @@ import pytest
 from autointerp_dagster.core.errors import StudyError
 from autointerp_dagster.core.types import Cell, LatentRange, LayerKey, WholeStudy
 from autointerp_dagster.study import find_studies, load_study
+from autointerp_dagster.study.parameters import parameters_of
 from autointerp_dagster.study.stages import (
     STAGES,
     inputs_at,
@@ -86,11 +87,33 @@ def test_a_hookpoint_is_taken_for_every_coder_and_a_key_for_one(tmp_path):
         ("layers.0,", "../x,", r"layers: hookpoint '\.\./x': wanted a dotted module path"),
         ("scorers:", "budget: {usd: 1}\nscorers:", r"budget.usd: models.explainer has no price"),
         ("100", "!!nonsense 100", r"tiny.yaml: a value cannot be read"),
+        (
+            "default: {kind: default}",
+            "a: {kind: default, chain_of_thought: true}",
+            r":12: explainers.a.chain_of_thought: max_tokens is 200, wanted 300 or more",
+        ),
+        (
+            "default: {kind: default}",
+            "a: {kind: best_of_n, temperature: 0}",
+            r":12: explainers.a.temperature: .*greater than 0",
+        ),
     ],
 )
 def test_a_mistake_is_named_with_file_line_key_and_remedy(tmp_path, found, replacement, message):
     with pytest.raises(StudyError, match=message):
         load_study(write(tmp_path, MINIMAL.replace(found, replacement, 1)))
+
+
+def test_steps_of_thought_are_refused_where_no_model_would_write_them(tmp_path):
+    text = MINIMAL.replace(
+        "kind: default", "kind: default, chain_of_thought: true, max_tokens: 400"
+    )
+    assert load_study(write(tmp_path, text)).explainers["default"].max_tokens == 400
+    local = text.replace('{base_url: "http://127.0.0.1:1/v1", model: m}', "{source: ./model}")
+    with pytest.raises(
+        StudyError, match=r"explainers.default.chain_of_thought: .*base_url or serve"
+    ):
+        load_study(write(tmp_path, local))
 
 
 def test_every_mistake_of_a_file_is_named_at_once(tmp_path):
@@ -195,6 +218,28 @@ def test_a_scorer_that_is_not_asked_for_is_no_stage_and_no_input(tmp_path):
     assert inputs == ["latent_records", "explanations", "score_detection"]
 
 
+@pytest.mark.parametrize(
+    ("explainers", "scorer", "asked"),
+    [
+        ("default: {kind: default}", "{}", None),
+        ("{a: {kind: default}, b: {kind: output}, c: {kind: output}}", "{}", ("b", "c")),
+        ("{a: {kind: default}, b: {kind: output}}", "{explainers: [a]}", ("a",)),
+    ],
+)
+def test_intervention_is_asked_about_what_explains_outputs_unless_told_otherwise(
+    tmp_path, explainers, scorer, asked
+):
+    explainers = explainers if explainers.startswith("{") else f"{{{explainers}}}"
+    text = (
+        MINIMAL.replace("explainers:\n  default: {kind: default}", f"explainers: {explainers}")
+        .replace("detection: {}", f"detection: {{}}\n  intervention: {scorer}")
+        .replace("corpus:", "  base_lm: {source: ./model}\ncorpus:")
+    )
+    study = load_study(write(tmp_path, text))
+    assert study.scorer_config("intervention").explainers == asked
+    assert study.scorer_config("detection").explainers is None
+
+
 def test_the_demo_study_is_valid():
     study = load_study(Path(__file__).parents[2] / "studies" / "demo.yaml")
     assert len(study.cells) == 4
@@ -208,3 +253,24 @@ def test_a_study_that_moves_a_model_elsewhere_takes_nothing_of_where_it_was(tmp_
     text = "extends: moved.yaml\nmodels: {explainer: {source: elsewhere}}\n"
     same_kind = load_study(write(tmp_path, text, "again.yaml")).models.explainer
     assert (same_kind.source, same_kind.dtype) == ("elsewhere", "float32")
+
+
+def test_layers_are_matched_where_there_are_two_and_an_embedder(tmp_path):
+    with_embedder = MINIMAL.replace(
+        "corpus:", "  embedder: {source: ./embedder, query_prefix: ''}\ncorpus:"
+    )
+    one_layer = with_embedder.replace("[layers.0, layers.1]", "[layers.0]")
+    wanted = {"sparse_coders", "activation_cache", "explanations"}
+    for text, matches in ((MINIMAL, False), (with_embedder, True), (one_layer, False)):
+        study = load_study(write(tmp_path, text))
+        upstream = {stage.name for stage in upstream_of(study, STAGES["study_metrics"])}
+        assert study.matches_layers is matches
+        assert (wanted <= upstream) is matches
+
+
+def test_scorers_that_stop_when_sure_are_known_to_the_layers_metrics(tmp_path):
+    fixed = load_study(write(tmp_path))
+    adaptive = load_study(write(tmp_path, MINIMAL + "scoring: {target_halfwidth: 0.18}\n"))
+    assert (fixed.adaptive_scorers, adaptive.adaptive_scorers) == ((), ("detection",))
+    one, other = (parameters_of(study, "layer_metrics") for study in (fixed, adaptive))
+    assert one != other

@@ -13,6 +13,13 @@ REFUSED = frozenset({"content_filter", "refusal"})
 TOO_LONG = "too_long"
 """Finish reason of a prompt that does not fit the model's context; asking again cannot help."""
 
+CUT_OFF = "length"
+"""Finish reason of an answer that ended at ``max_tokens``."""
+
+FULL_LINE = "full_line"
+"""Finish reason of a line of free text that a local model ended at ``max_tokens``. It is taken as
+it is: asked again, a small model writes no shorter line."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -21,7 +28,8 @@ class Reply:
     text: str | None
     """Null if the model declined, or the prompt does not fit."""
     finish_reason: str
-    """``stop``, ``length``, ``content_filter``, ``refusal``, ``too_long``, or the server's own."""
+    """``stop``, ``length``, ``full_line``, ``content_filter``, ``refusal``, ``too_long``, or the
+    server's own."""
     tokens: tuple[Token, ...] | None = None
     """Null where the endpoint gave no log-probabilities."""
     usage: Usage = field(default_factory=Usage)

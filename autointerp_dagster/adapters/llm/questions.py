@@ -5,8 +5,15 @@ from dataclasses import replace
 from queue import SimpleQueue
 from typing import NamedTuple
 
-from autointerp_dagster.adapters.llm.backend import Reply
-from autointerp_dagster.core.llm import Completion, JournalBlock, Message, Request, Usage
+from autointerp_dagster.adapters.llm.backend import CUT_OFF, Reply
+from autointerp_dagster.core.llm import (
+    Completion,
+    FreeText,
+    JournalBlock,
+    Message,
+    Request,
+    Usage,
+)
 from autointerp_dagster.core.schemas import VerdictReason
 
 MAX_REPEATS = 3
@@ -73,11 +80,11 @@ class Question:
             self._usage = _sum(self._usage, call.usage)
         if reply is not None:
             self._cost = _sum(self._cost, reply.usage)
-        text = reply.text if reply is not None else None
-        if reason is not None or text is None:
+        if reason is not None or reply is None or reply.text is None:
             self._complete(reply, reason)
             return
-        fault = self.request.answer.fault(text)
+        text = reply.text
+        fault = _fault(self.request, text, reply.finish_reason)
         if fault is None:
             self._complete(reply, None)
         elif self.asked.attempt - self.request.attempt >= MAX_REPEATS:
@@ -97,6 +104,13 @@ class Question:
             usage=self._usage,
             cost=self._cost,
         )
+
+
+def _fault(request: Request, text: str, finish_reason: str) -> str | None:
+    """What is wrong with an answer; a description that was cut off may say something else."""
+    if isinstance(request.answer, FreeText) and finish_reason == CUT_OFF:
+        return "the answer was cut off before its end; be shorter"
+    return request.answer.fault(text)
 
 
 def _sum(first: Usage, second: Usage) -> Usage:

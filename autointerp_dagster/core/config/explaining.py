@@ -1,10 +1,13 @@
 """Which latents are explained, and how."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from autointerp_dagster.core.config.base import Parameters
+
+LEAST_FOR_STEPS = 300
+"""``max_tokens`` below which four steps and a description do not fit."""
 
 
 class LatentSample(Parameters, frozen=True):
@@ -57,12 +60,24 @@ class DefaultExplainerConfig(_ChatExplainerConfig, frozen=True):
 
     kind: Literal["default"]
     n_examples: int = Field(default=40, ge=1)
-    """Train windows shown, strongest quantile first."""
+    """Train windows shown, spread over all quantiles, the strongest first."""
     temperature: float = Field(default=0.0, ge=0, le=2)
     chain_of_thought: bool = False
-    """Let the model list marked words and shared traits first; give it more ``max_tokens``."""
+    """Let the model list marked words and shared traits first. Needs a model behind a server, and
+    ``max_tokens`` of 400 or more."""
     show_promoted: bool = False
     """Show the tokens that the latent's decoder row promotes, too."""
+
+    @field_validator("chain_of_thought")
+    @classmethod
+    def _check_room(cls, chain_of_thought: bool, info: Any) -> bool:
+        max_tokens = info.data.get("max_tokens", LEAST_FOR_STEPS)
+        if chain_of_thought and max_tokens < LEAST_FOR_STEPS:
+            raise ValueError(
+                f"max_tokens is {max_tokens}, wanted {LEAST_FOR_STEPS} or more for the steps and "
+                "the description. Set max_tokens: 400"
+            )
+        return chain_of_thought
 
 
 class ContrastiveExplainerConfig(_ChatExplainerConfig, frozen=True):
@@ -119,6 +134,8 @@ class BestOfNExplainerConfig(_SelectingExplainerConfig, frozen=True):
     kind: Literal["best_of_n"]
     n: int = Field(default=5, ge=2)
     """Answers to choose from."""
+    temperature: float = Field(default=0.7, gt=0, le=2)
+    """Above 0, where all answers would be one."""
 
 
 class RefineExplainerConfig(_SelectingExplainerConfig, frozen=True):

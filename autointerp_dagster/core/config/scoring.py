@@ -18,7 +18,7 @@ class ScoredSample(Parameters, frozen=True):
 ScoredLatents = Annotated[
     Annotated[Literal["all"], Tag("<all>")]
     | Annotated[ScoredSample, Tag("<sample>")]
-    | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Tag("<list>")],
+    | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), Tag("<list>")],
     Discriminator(kind_of_selection),
 ]
 """Which of the explained latents a scorer is asked about."""
@@ -29,7 +29,7 @@ class ScorerConfig(Parameters, frozen=True):
 
     latents: ScoredLatents = "all"
     """Of the explained latents, those that are scored: ``all``, ``{sample: n}`` or a list."""
-    explainers: tuple[str, ...] | None = None
+    explainers: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Whose explanations are scored; null: all explainers'."""
     seed: int = 0
     """Part of the address of the scorer's draws."""
@@ -100,7 +100,10 @@ class ExampleEmbeddingConfig(ScorerConfig, frozen=True):
 
 
 class InterventionConfig(ScorerConfig, frozen=True):
-    """How much less surprising an explanation is after text written under an intervention."""
+    """How much less surprising an explanation is after text written under an intervention.
+
+    Without ``explainers`` it is asked about those of kind ``output``; about all if there are none.
+    """
 
 
 class InterventionsConfig(Parameters, frozen=True):
@@ -120,9 +123,10 @@ class InterventionsConfig(Parameters, frozen=True):
     min_len: int = Field(default=8, ge=2)
     """Tokens of a prompt at least, with BOS."""
     n_prompts: int = Field(default=40, ge=2)
-    """Per latent, of both kinds."""
+    """Per latent, of both kinds, at most."""
     n_for_explainer: int = Field(default=10, ge=1)
-    """Of these, those that the ``output`` explainer may see; the others score."""
+    """Of these, those that the ``output`` explainer may see, from train contexts; the others
+    score, and are from test contexts."""
     n_tokens: int = Field(default=8, ge=1)
     """Of each continuation."""
     n_promoted: int = Field(default=10, ge=1)
@@ -206,4 +210,9 @@ class MetricsConfig(Parameters, frozen=True):
     """Of the latents called interpretable, within a layer, explainer and scorer."""
     n_bootstrap: int = Field(default=2000, ge=100)
     """Resamples of latents behind an interval over a layer."""
+    match_min_cosine: float = Field(default=0.7, gt=0, le=1)
+    """Latents of two layers are one if they are each other's nearest by decoder cosine, it is this
+    or more,"""
+    match_min_cofiring: float = Field(default=0.1, ge=0, le=1)
+    """and of the tokens on which either fires both do on this share (Jaccard). 0: not asked for."""
     seed: int = 0

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from autointerp_dagster.core.explainers.explanation import Explainer, Explanation
 from autointerp_dagster.core.latent_records import LatentRecord
-from autointerp_dagster.core.llm import LLM, Completion, JournalBlock, Request
+from autointerp_dagster.core.llm import LLM, JournalBlock, Request
 from autointerp_dagster.core.tokens import Detokenizer
 from autointerp_dagster.core.types import LatentId
 
@@ -18,7 +18,8 @@ def explain(
 ) -> Iterator[Explanation]:
     """One explanation per record, in the order of the answers.
 
-    Records are drawn lazily and kept only until they are answered.
+    Records are drawn lazily and kept only until they are answered; of those that ask nobody, the
+    finished rows wait for the next answer.
 
     Args:
         explainer: Whose explanations.
@@ -31,28 +32,31 @@ def explain(
         LLMError: If no model answers at all.
         ValueError: If there is something to ask and nobody to be asked.
     """
+    if llm is None:
+        for record in records:
+            _ensure_nothing_to_ask(explainer.request(record, detokenizer, block_of(record.latent)))
+            yield explainer.explanation(record, detokenizer, None)
+        return
     asked: dict[int, tuple[Request, LatentRecord]] = {}
-    unasked: list[LatentRecord] = []
+    finished: list[Explanation] = []
 
     def requests() -> Iterator[Request]:
         for record in records:
             request = explainer.request(record, detokenizer, block_of(record.latent))
             if request is None:
-                unasked.append(record)
+                finished.append(explainer.explanation(record, detokenizer, None))
             else:
                 asked[id(request)] = (request, record)
                 yield request
 
-    for request, completion in _answered(llm, requests()):
+    for request, completion in llm.answer(requests()):
         _, record = asked.pop(id(request))
         yield explainer.explanation(record, detokenizer, completion)
-    for record in unasked:
-        yield explainer.explanation(record, detokenizer, None)
+        while finished:
+            yield finished.pop()
+    yield from finished
 
 
-def _answered(llm: LLM | None, requests: Iterator[Request]) -> Iterator[tuple[Request, Completion]]:
-    if llm is not None:
-        yield from llm.answer(requests)
-        return
-    for request in requests:
+def _ensure_nothing_to_ask(request: Request | None) -> None:
+    if request is not None:
         raise ValueError(f"{request.unit}: has a question and no model to ask. Give one.")

@@ -4,20 +4,20 @@ Source:
     arXiv 2410.13928, section 3.1.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autointerp_dagster.core import highlight
 from autointerp_dagster.core.config import ContrastiveExplainerConfig
 from autointerp_dagster.core.explainers.default import answered_explanation, shown_example
 from autointerp_dagster.core.explainers.explanation import Explanation, skipped_explanation
-from autointerp_dagster.core.latent_records import LatentRecord, Window
+from autointerp_dagster.core.explainers.spreading import spread_over_quantiles
+from autointerp_dagster.core.latent_records import LatentRecord
 from autointerp_dagster.core.llm import Completion, FreeText, JournalBlock, Request
 from autointerp_dagster.core.prompts.contrastive import CONTRASTIVE_VERSION, contrastive_prompt
 from autointerp_dagster.core.prompts.explanation import EXPLANATION_VERSION
 from autointerp_dagster.core.tokens import Detokenizer
 
-VERSION = f"1.{CONTRASTIVE_VERSION}.{EXPLANATION_VERSION}.{highlight.VERSION}"
+VERSION = f"2.{CONTRASTIVE_VERSION}.{EXPLANATION_VERSION}.{highlight.VERSION}"
 """Of this module, the prompt and the way windows are shown."""
 
 
@@ -53,7 +53,9 @@ class ContrastiveExplainer:
             shown_example(window, record.max_activation, detokenizer)
             for window in spread_over_quantiles(record.activating("train"), self.config.n_examples)
         ]
-        silent = sorted(record.non_activating("train"), key=lambda w: (w.rank, w.window_id))
+        ranked = sorted(record.non_activating("train"), key=lambda w: (w.rank, w.window_id))
+        by_id = {window.window_id: window for window in ranked[::-1]}  # some are of two kinds
+        silent = [window for window in ranked if by_id[window.window_id] is window]
         plain = [
             highlight.escape("".join(detokenizer.pieces(window.tokens)))
             for window in silent[: self.config.n_silent]
@@ -81,33 +83,6 @@ class ContrastiveExplainer:
         if record.status == "ok" and not _has_contrast(record):
             return skipped_explanation(record.latent, self.name, "no_train_windows")
         return answered_explanation(record, self.name, completion)
-
-
-def spread_over_quantiles(windows: Sequence[Window], n: int) -> list[Window]:
-    """At most ``n`` activating windows, as evenly over their quantiles as they allow.
-
-    Takes the first window by rank of every quantile, then the second of every quantile, and so on;
-    where a last round does not need all quantiles, those taken are evenly spaced.
-
-    Returns:
-        By quantile (strongest first), then rank.
-    """
-    left: dict[int | None, list[Window]] = {}
-    for window in sorted(windows, key=_strongest_first):
-        left.setdefault(window.quantile, []).append(window)
-    taken: list[Window] = []
-    while left and len(taken) < n:
-        quantiles = list(left)
-        n_now = min(n - len(taken), len(quantiles))
-        for i in range(n_now):
-            quantile = quantiles[(2 * i + 1) * len(quantiles) // (2 * n_now)]
-            taken.append(left[quantile].pop(0))
-        left = {quantile: rest for quantile, rest in left.items() if rest}
-    return sorted(taken, key=_strongest_first)
-
-
-def _strongest_first(window: Window) -> tuple[int, int, int]:
-    return (window.quantile or 0, window.rank, window.window_id)
 
 
 def _has_contrast(record: LatentRecord) -> bool:

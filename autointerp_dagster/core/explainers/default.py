@@ -16,6 +16,7 @@ from autointerp_dagster.core.explainers.explanation import (
     failed_explanation,
     skipped_explanation,
 )
+from autointerp_dagster.core.explainers.spreading import spread_over_quantiles
 from autointerp_dagster.core.latent_records import LatentRecord, Window
 from autointerp_dagster.core.llm import Completion, FreeText, JournalBlock, Request
 from autointerp_dagster.core.prompts.explanation import (
@@ -28,7 +29,7 @@ from autointerp_dagster.core.prompts.explanation import (
 )
 from autointerp_dagster.core.tokens import Detokenizer
 
-VERSION = f"1.{EXPLANATION_VERSION}.{highlight.VERSION}"
+VERSION = f"2.{EXPLANATION_VERSION}.{highlight.VERSION}"
 """Of this module, the prompt and the way windows are shown."""
 
 _ANSWER = FreeText()
@@ -56,13 +57,13 @@ class DefaultExplainer:
     def request(
         self, record: LatentRecord, detokenizer: Detokenizer, block: JournalBlock
     ) -> Request | None:
-        """The first ``n_examples`` train windows by rank; null where the record has none."""
-        windows = sorted(record.activating("train"), key=lambda w: w.rank)
+        """``n_examples`` train windows over all quantiles, by rank; null where there are none."""
+        windows = spread_over_quantiles(record.activating("train"), self.config.n_examples)
         if record.status != "ok" or record.max_activation is None or not windows:
             return None
         examples = [
             shown_example(window, record.max_activation, detokenizer)
-            for window in windows[: self.config.n_examples]
+            for window in sorted(windows, key=lambda w: w.rank)
         ]
         prompt = explanation_prompt(
             examples,

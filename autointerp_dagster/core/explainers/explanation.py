@@ -26,6 +26,8 @@ _REASON_OF_COMPLETION: dict[VerdictReason, ExplanationReason] = {
     "not_recorded": "not_recorded",
     "too_long": "too_long",
     "no_vector": "call_failed",
+    "no_logprobs": "unparsable",
+    "off_target": "unparsable",
 }
 
 

@@ -1,4 +1,4 @@
-"""Which windows of a range's latents are shown: train first, then what does not repeat it."""
+"""Which windows of a range's latents are shown: each split without what repeats those before it."""
 
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ from autointerp_dagster.core.latent_records.firing import ActiveWindows, FiringT
 from autointerp_dagster.core.rng import hash_priority
 from autointerp_dagster.core.sampling import (
     Demand,
+    Drawn,
     Question,
     Rows,
     draw_ranks,
@@ -22,6 +23,9 @@ from autointerp_dagster.core.sampling import (
 )
 from autointerp_dagster.core.types import LayerKey
 from autointerp_dagster.core.windows import SPLITS, WindowGrid, near_duplicates
+
+_Shown = tuple[Rows, Rows]
+"""Latent and window of what an explainer may see."""
 
 
 class DrawnWindows(NamedTuple):
@@ -72,42 +76,51 @@ def draw_windows(
     """The windows of the latents that are ``is_ok``.
 
     Ranks: activating train windows by quantile, then by their maximum, the strongest first; all
-    others in a hashed order.
+    others in a hashed order. No select window nearly repeats a train window, and no test window
+    one of these or a select window, which a refining explainer is shown.
     """
     keys = _keys(config.seed, layer, latents)
     pool = _pool(active, is_ok, grid, keys, config)
     is_active = _activity(firing, active, grid, config)
     wanted = np.array([config.n_negative_train, config.n_negative_select, config.n_negative_test])
 
-    train = _choose(pool, np.flatnonzero(pool.split == 0), config)
-    demand = _demand(pool, train, grid, wanted, keys)
-    silent_train = silent_windows(grid, demand, len(latents), is_active, None)
-    shown = (
-        np.concatenate([pool.latent[train.row], silent_train.latent]),
-        np.concatenate([pool.window[train.row], silent_train.window]),
-    )
-
-    def repeats(latent: Rows, window: Rows) -> Bool[np.ndarray, " row"]:
-        return near_duplicates(grid.shingles, shown, (latent, window))
-
-    others = np.flatnonzero(pool.split != 0)
-    is_repeat = repeats(pool.latent[others], pool.window[others])
-    judged = _choose(pool, others[~is_repeat], config)
-    demand = _demand(pool, judged, grid, wanted, keys)
-    silent_judged = silent_windows(grid, demand, len(latents), is_active, repeats)
-
-    dropped = np.bincount(pool.latent[others[is_repeat]], minlength=len(latents))
+    shown: _Shown = (np.zeros(0, np.int64), np.zeros(0, np.int64))
+    chosen: list[Rows] = []
+    silent: list[Drawn] = []
+    dropped = np.zeros(len(latents), dtype=np.int64)
+    for split in range(len(SPLITS)):
+        repeats = _repeats(grid, shown) if split else None
+        rows = np.flatnonzero(pool.split == split)
+        if repeats is not None:
+            is_repeat = repeats(pool.latent[rows], pool.window[rows])
+            dropped += np.bincount(pool.latent[rows[is_repeat]], minlength=len(latents))
+            rows = rows[~is_repeat]
+        drawn = _choose(pool, rows, config)
+        demand = _demand(pool, drawn, grid, wanted, keys)
+        quiet = silent_windows(grid, demand, len(latents), is_active, repeats)
+        dropped += quiet.n_near_duplicates
+        shown = (
+            np.concatenate([shown[0], pool.latent[drawn.row], quiet.latent]),
+            np.concatenate([shown[1], pool.window[drawn.row], quiet.window]),
+        )
+        chosen.append(drawn.row)
+        silent.append(quiet)
     return _ranked(
         pool,
-        np.concatenate([train.row, judged.row]),
+        np.concatenate(chosen),
         (
-            np.concatenate([silent_train.latent, silent_judged.latent]),
-            np.concatenate([silent_train.window, silent_judged.window]),
+            np.concatenate([quiet.latent for quiet in silent]),
+            np.concatenate([quiet.window for quiet in silent]),
         ),
-        dropped + silent_judged.n_near_duplicates,
+        dropped,
         grid,
         keys,
     )
+
+
+def _repeats(grid: WindowGrid, shown: _Shown) -> Question:
+    """Whether a latent's window nearly repeats one of an earlier split."""
+    return lambda latent, window: near_duplicates(grid.shingles, shown, (latent, window))
 
 
 def _keys(seed: int, layer: LayerKey, latents: range) -> _Keys:

@@ -74,7 +74,8 @@ def latent_records_of(
     Of the counts, ``n_train``, ``n_select`` and ``n_test`` are all activating windows of the split,
     before near-duplicates are dropped and before any draw (how many were drawn: count the rows of
     ``windows``). ``n_near_duplicates`` are activating windows of select and test, all of them
-    looked at, plus silent ones that were passed over in their draw; 0 unless the status is ``ok``,
+    looked at, plus silent ones that were passed over in their draw, because they nearly repeat a
+    drawn window of an earlier split; 0 unless the status is ``ok``,
     like ``n_negative_*``. Dead latents have null ``max_activation`` and ``activation_quantiles``
     (linear interpolation). ``top_tokens`` weigh all activating train windows, drawn or not; ties
     go to the smaller token id; empty without train windows.

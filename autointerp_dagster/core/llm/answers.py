@@ -20,7 +20,7 @@ class LabelReading(NamedTuple):
 
     prediction: bool
     probability: float | None
-    """P(1) / (P(0) + P(1)) over the returned candidates; null where none was returned."""
+    """P(1) / (P(0) + P(1)) over the returned candidates; null where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +146,15 @@ def _digit(token: str) -> str | None:
 
 
 def _probability_of_one(token: Token) -> float | None:
+    """Null without candidates that read as labels, or if one of theirs is no log-probability."""
     mass = {"0": 0.0, "1": 0.0}
     for text, logprob in token.top:
         digit = _digit(text)
-        if digit is not None and not math.isnan(logprob):
-            mass[digit] += math.exp(logprob)
+        if digit is None:
+            continue
+        if math.isnan(logprob) or logprob == math.inf:
+            return None
+        mass[digit] += math.exp(min(logprob, 0.0))
     total = mass["0"] + mass["1"]
     return mass["1"] / total if total > 0 else None
 

@@ -11,12 +11,18 @@ from autointerp_dagster.core.metrics.matching import (
     with_cofiring,
 )
 from autointerp_dagster.core.metrics.sequences import class_sizes
-from autointerp_dagster.core.metrics.study import judge_is_too_weak, study_metrics_of
+from autointerp_dagster.core.metrics.study import (
+    LEAST_FLOORS,
+    headline_rows,
+    judge_is_too_weak,
+    study_metrics_of,
+)
 
 __all__ = [
     "CHANCE",
     "FAMILIES",
     "HEADLINE",
+    "LEAST_FLOORS",
     "P_AGAINST",
     "Explained",
     "Family",
@@ -24,6 +30,7 @@ __all__ = [
     "class_sizes",
     "cost_rows",
     "explanation_similarity",
+    "headline_rows",
     "judge_is_too_weak",
     "latent_metrics_of",
     "layer_metrics_of",

@@ -40,7 +40,7 @@ def asked_pairs(
 
 
 def missing_rows(asked: pl.DataFrame, frame: pl.DataFrame | None, scorer: str) -> pl.DataFrame:
-    """A row with the reason for each pair without verdicts, and each floor without a donor.
+    """A row with the reason for each pair without main verdicts, and each floor without a donor.
 
     Args:
         asked: :func:`asked_pairs`.
@@ -55,8 +55,9 @@ def missing_rows(asked: pl.DataFrame, frame: pl.DataFrame | None, scorer: str) -
         own = asked.with_columns(status=reason.otherwise(pl.lit("not_run")))
         floors = own.clear()
     else:
+        main = frame.filter(pl.col("variant") == MAIN_VARIANT)
         judged = {
-            subject: frame.filter(pl.col("subject") == subject).select(_PAIR).unique()
+            subject: main.filter(pl.col("subject") == subject).select(_PAIR).unique()
             for subject in ("own", "other")
         }
         own = asked.join(judged["own"], on=_PAIR, how="anti", nulls_equal=True)

@@ -42,7 +42,7 @@ class StudyDifference(NamedTuple):
     difference: float | None
     """Mean over the pairs of this study minus the baseline; null without a pair."""
     lo: float | None
-    """Of a percentile interval of a bootstrap over pairs; null with fewer than two."""
+    """Of an interval by bootstrap over pairs (:func:`.paired.mean_difference`); null below two."""
     hi: float | None
     p: float | None
     """Of Wilcoxon's signed-rank test, two-sided."""

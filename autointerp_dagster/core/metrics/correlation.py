@@ -4,11 +4,12 @@ Tokens of all answered windows are concatenated: ``r_activating`` over activatin
 ``r_all`` over both classes. A correlation is a function of six sums (tokens, x, y, xx, yy, xy), so
 each window is kept as its six numbers, and a resample of windows is a matrix product.
 
-The interval resamples whole windows, each class for itself, and is studentised: the spread of
-``(z* - z) / se*`` over resamples replaces Student's quantile on each side where it is wider, up to
-twice that (resamples that miss the one odd window have next to no ``se*``), with ``z`` the Fisher
-transform and ``se`` its linearised standard error over windows. Tokens are never more than
-independent, so ``se`` is at least Fisher's ``1 / sqrt(N - 3)``.
+The interval of variant ``all`` resamples whole windows, each class for itself, and is studentised:
+the spread of ``(z* - z) / se*`` over resamples replaces Student's quantile on each side where it is
+wider, up to twice that (resamples that miss the one odd window have next to no ``se*``), with ``z``
+the Fisher transform and ``se`` its linearised standard error over windows. Tokens are never more
+than independent, so ``se`` is at least Fisher's ``1 / sqrt(N - 3)``. Slices, of which there are a
+dozen to each latent, have Student's quantile on both sides.
 """
 
 from typing import NamedTuple
@@ -18,10 +19,10 @@ import polars as pl
 from jaxtyping import Bool, Float64, Int64
 from scipy import stats
 
-from autointerp_dagster.core.metrics.resampling import times_drawn
+from autointerp_dagster.core.metrics.resampling import LEAST_FOR_CORRELATION, times_drawn
 from autointerp_dagster.core.metrics.slices import OWNER
 from autointerp_dagster.core.rng import latent_rng
-from autointerp_dagster.core.schemas import UNASKED
+from autointerp_dagster.core.schemas import MAIN_VARIANT, UNASKED
 from autointerp_dagster.core.types import LayerKey
 
 R_ACTIVATING, R_ALL = "r_activating", "r_all"
@@ -79,17 +80,18 @@ def correlation_estimates(
             ``slices.sliced`` gives them. A slice by kind of negatives has no ``r_activating``: it
             is that of the whole.
         confidence: Of the two-sided intervals.
-        n_bootstrap: Resamples of windows behind each.
+        n_bootstrap: Resamples of windows behind each of variant ``all``; slices have none.
         seed: Part of the address of each group's resamples, which do not depend on other groups.
 
     Returns:
         ``latent``, ``explainer``, ``subject``, ``variant``, ``metric`` (``r_activating``,
         ``r_all``), ``value`` in [-1, 1], ``lo`` and ``hi`` (null exactly where ``value`` is), ``n``
         (windows answered, of those that the metric rests on), ``n_failed`` (of the same) and
-        ``status``: ``ok``; ``unasked`` or ``failed`` if no window was answered; ``missing_class``
-        without activating windows, and for ``r_all`` without others; ``undefined`` if all
-        predictions or all true activations are equal. A single answered window (of each class)
-        says nothing about others: its interval is [-1, 1].
+        ``status``: ``ok``; ``unasked`` or ``failed`` if of a class that it needs all did;
+        ``missing_class`` without activating windows, and for ``r_all`` without others;
+        ``undefined`` if all predictions or all true activations are equal. Fewer than
+        five answered windows of a class it needs may well be alike by chance and say next to
+        nothing about others of it: the interval is then [-1, 1].
 
     Raises:
         ValueError: If rows are of several layers, or an answered row lacks a prediction or a true
@@ -141,7 +143,8 @@ def _block_estimates(
             if metric == R_ACTIVATING and variant.startswith("negatives="):
                 continue
             rng = latent_rng(seed, layer, latent, f"correlation/{variant}/{metric}")
-            rows.append((*name, metric, *_estimate(part, metric, confidence, n_bootstrap, rng)))
+            n_drawn = n_bootstrap if variant == MAIN_VARIANT else 0
+            rows.append((*name, metric, *_estimate(part, metric, confidence, n_drawn, rng)))
     return pl.DataFrame(rows, schema=_SCHEMA, orient="row")
 
 
@@ -221,10 +224,12 @@ def _status(
     answered: Bool[np.ndarray, " window"],
     metric: str,
 ) -> str:
-    if concerned.any() and not answered.any():
-        return "unasked" if windows.is_unasked[concerned].all() else "failed"
-    has_silent = bool((answered & ~windows.is_activating).any())
-    if not (answered & windows.is_activating).any() or (metric == R_ALL and not has_silent):
+    classes = [windows.is_activating, ~windows.is_activating][: 2 if metric == R_ALL else 1]
+    absent = [which for which in classes if not (answered & which).any()]
+    lost = np.any([concerned & which for which in absent], axis=0)
+    if lost.any():
+        return "unasked" if windows.is_unasked[lost].all() else "failed"
+    if absent:
         return "missing_class"
     ranges = windows.highest[answered].max(axis=0) - windows.lowest[answered].min(axis=0)
     return "ok" if bool((ranges > _CONSTANT).all()) else "undefined"
@@ -238,13 +243,14 @@ def _interval(
     rng: np.random.Generator,
 ) -> tuple[float, float]:
     """Limits around ``value``; the strata are resampled each for itself."""
-    freedom = sum(len(part) - 1 for part in strata)
-    if freedom == 0:
+    # Of the smallest: the few activating windows hold nearly all that varies.
+    freedom = min(len(part) for part in strata) - 1
+    if freedom + 1 < LEAST_FOR_CORRELATION:
         return -1.0, 1.0
     z, se = (
         float(column[0]) for column in _fisher([np.ones((1, len(part))) for part in strata], strata)
     )
-    spreads: list[Float64[np.ndarray, " replicate"]] = []
+    spreads = [np.zeros(0)]
     for start in range(0, n_bootstrap, _REPLICATES):
         size = min(_REPLICATES, n_bootstrap - start)
         times = [times_drawn(len(part), size, rng) for part in strata]

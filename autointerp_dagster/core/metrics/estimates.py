@@ -89,8 +89,7 @@ def prediction_estimates(verdicts: Verdicts, confidence: float) -> dict[str, Est
     }
     both = (n_activating > 0) & (n_silent > 0)
     return {
-        name: finished(part, verdicts, name, has.get(name, both), n_activating + n_silent)
-        for name, part in parts.items()
+        name: finished(part, verdicts, name, has.get(name, both)) for name, part in parts.items()
     }
 
 
@@ -105,7 +104,7 @@ def auroc_estimate(verdicts: Verdicts, confidence: float) -> Estimate:
     interval = auroc_interval(ranking.auroc, n_activating * share, n_silent * share, confidence)
     n = n_activating + n_silent
     both = (n_activating > 0) & (n_silent > 0)
-    estimate = finished(Part(ranking.auroc, interval, n), verdicts, "auroc", both, n)
+    estimate = finished(Part(ranking.auroc, interval, n), verdicts, "auroc", both)
     total = np.bincount(verdicts.group[~verdicts.is_failed], minlength=verdicts.n_groups)
     status = np.where((n == 0) & (total > 0), "no_score", estimate.status)
     return estimate._replace(status=status)
@@ -187,38 +186,42 @@ def finished(
     verdicts: Verdicts,
     metric: str,
     has_classes: Bool[np.ndarray, " group"],
-    n_answered: Float64[np.ndarray, " group"],
 ) -> Estimate:
     """The estimate with nulls where a class is missing, and the reason for every null.
+
+    A class all of whose verdicts failed is not missing but ``failed``, or ``unasked`` if none was
+    sent.
 
     Args:
         part: The estimate.
         verdicts: All it could rest on, failed ones included.
         metric: Its name; ``sensitivity`` and ``specificity`` concern one class only.
         has_classes: Where the classes that it needs were answered.
-        n_answered: Answered verdicts of both classes.
     """
-    concerned = np.ones(len(verdicts.group), dtype=bool)
-    if metric == "sensitivity":
-        concerned = verdicts.is_activating
-    elif metric == "specificity":
-        concerned = ~verdicts.is_activating
-    failed = _count(verdicts, concerned & verdicts.is_failed)
-    all_failed = _count(verdicts, verdicts.is_failed)
-    unasked = _count(verdicts, verdicts.is_unasked)
+    activating = verdicts.is_activating
+    of_class = {"sensitivity": [activating], "specificity": [~activating]}
+    classes = of_class.get(metric, [activating, ~activating])
+    failed = np.sum([_count(verdicts, verdicts.is_failed & which) for which in classes], axis=0)
+    lost, unasked = (
+        np.sum([_lost(verdicts, which, among) for which in classes], axis=0)
+        for among in (verdicts.is_failed, verdicts.is_unasked)
+    )
     value = np.where(has_classes, part.value, np.nan)
     status = np.select(
-        [
-            ~np.isnan(value),
-            (n_answered == 0) & (all_failed > 0) & (unasked == all_failed),
-            (n_answered == 0) & (all_failed > 0),
-            ~has_classes,
-        ],
+        [~np.isnan(value), (lost > 0) & (unasked == lost), lost > 0, ~has_classes],
         ["ok", "unasked", "failed", "missing_class"],
         "undefined",
     )
     lo, hi = (np.where(np.isnan(value), np.nan, limit) for limit in part.interval)
     return Estimate(value, Interval(lo, hi), part.n, failed, status)
+
+
+def _lost(
+    verdicts: Verdicts, which: Bool[np.ndarray, " window"], among: Bool[np.ndarray, " window"]
+) -> Float64[np.ndarray, " group"]:
+    """How many of ``among`` there are in a class, where all of that class failed; else 0."""
+    is_lost = _count(verdicts, which) == _count(verdicts, which & verdicts.is_failed)
+    return np.where(is_lost, _count(verdicts, which & among), 0.0)
 
 
 def _count(verdicts: Verdicts, which: Bool[np.ndarray, " window"]) -> Float64[np.ndarray, " group"]:

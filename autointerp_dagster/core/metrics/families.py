@@ -17,8 +17,8 @@ class Family:
     kind: FamilyKind
     headline: str
     """The one metric that stands for the scorer."""
-    chance: float
-    """Its expected value for a scorer that knows nothing."""
+    chance: float | None
+    """Its expected value for a scorer that knows nothing; null where nobody knows it."""
     needs_explanation: bool = True
     """Else its rows have no explainer, and there is nothing to swap for a floor."""
 
@@ -39,12 +39,14 @@ FAMILIES: Mapping[str, Family] = {
     "simulation": Family("correlation", "r_activating", 0.0),
     "intruder": Family("trials", "accuracy", 0.2, needs_explanation=False),
     "example_embedding": Family("ranking", "auroc", 0.5, needs_explanation=False),
-    "intervention": Family("nats", "mean_nats", 0.0),
+    "intervention": Family("nats", "mean_nats", None),
 }
-"""By scorer. An intruder is one window of five."""
+"""By scorer. An intruder is one window of five. Steered text makes any statement more or less
+surprising, also one that has nothing to do with the latent: intervention is read against its floor
+alone."""
 
 HEADLINE: Mapping[str, str] = {name: family.headline for name, family in FAMILIES.items()}
 """The one metric of each scorer that stands for it."""
 
-CHANCE: Mapping[str, float] = {name: family.chance for name, family in FAMILIES.items()}
-"""Expected headline metric of each scorer that knows nothing."""
+CHANCE: Mapping[str, float | None] = {name: family.chance for name, family in FAMILIES.items()}
+"""Expected headline metric of each scorer that knows nothing; null where nobody knows it."""

@@ -230,14 +230,16 @@ def p_above(
         confidence: Of the interval that ``lo`` comes from.
 
     Returns:
-        In [0, 1]; NaN where ``value`` or ``lo`` is.
+        In [0, 1]; NaN where ``value`` or ``lo`` is. Where ``value`` is ``lo``, all that is known is
+        on which side of ``cut`` it is: (1 - confidence) / 2 above, else 1.
     """
     z = normal_quantile(confidence)
     with np.errstate(divide="ignore", invalid="ignore"):
         inverse_n = (value - lo) ** 2 / (z * z * lo * (1 - lo))
         p = stats.norm.sf((value - cut) / np.sqrt(cut * (1 - cut) * inverse_n))
-    # A value of 0 has the limit 0, which tells nothing of n; it is below every cut.
-    return np.where((value <= 0) & ~np.isnan(lo), 1.0, p)
+    # A value at its own limit (one moved into its interval, or 0) tells nothing of n.
+    known = np.where(lo > cut, (1 - confidence) / 2, 1.0)
+    return np.where(value <= lo, known, p)
 
 
 def benjamini_hochberg(p: Float64[np.ndarray, " test"]) -> Float64[np.ndarray, " test"]:

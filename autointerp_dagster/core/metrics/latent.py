@@ -148,9 +148,13 @@ def _stopped(
     rows: list[pl.DataFrame], block: pl.DataFrame, sizes: pl.DataFrame, config: MetricsConfig
 ) -> list[pl.DataFrame]:
     """The rows of latents that stopped when sure, with limits that are valid then."""
-    is_replaced = (pl.col("metric") == "balanced_accuracy") & (pl.col("variant") == MAIN_VARIANT)
-    kept = [part.filter(~is_replaced) for part in rows]
-    return [*kept, sequence_estimates(block.select(*VERDICTS.columns), sizes, config.confidence)]
+    found = sequence_estimates(block.select(*VERDICTS.columns), sizes, config.confidence)
+    is_replaced = (
+        (pl.col("metric") == "balanced_accuracy")
+        & (pl.col("variant") == MAIN_VARIANT)
+        & pl.col("latent").is_in(found["latent"].unique().implode())
+    )
+    return [*(part.filter(~is_replaced) for part in rows), found]
 
 
 def _sliced_rows(

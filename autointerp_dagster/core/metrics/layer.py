@@ -3,6 +3,7 @@
 A layer is described by its latents, each weighing the same; verdicts are never pooled over latents.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +17,7 @@ from autointerp_dagster.core.metrics.latent import P_AGAINST
 from autointerp_dagster.core.metrics.resampling import (
     bootstrap_means,
     bootstrap_medians,
-    percentile_interval,
-    percentile_intervals,
+    small_sample_interval,
 )
 from autointerp_dagster.core.rng import latent_rng
 from autointerp_dagster.core.schemas import LATENT_STATUSES, LAYER_METRICS, MAIN_VARIANT
@@ -26,16 +26,29 @@ from autointerp_dagster.core.types import LayerKey
 _GROUP = ["explainer", "scorer", "subject", "variant", "metric"]
 _VALUES = ["statistic", "value", "lo", "hi", "n", "n_failed", "status"]
 
+_OF_A_LATENT_ALONE = ["precision_weighted", "f1_weighted", *P_AGAINST.values()]
+"""Metrics that no statistic over latents is made of. The weighted ones are ratios that one false
+positive halves where a latent fires rarely: their mean over latents stays biased however many."""
+
+_WITHOUT_LIFT = "se_nats"
+"""A standard error, which is no score."""
+
 
 def layer_metrics_of(
-    layer: LayerKey, latents: pl.DataFrame, latent_metrics: pl.DataFrame, config: MetricsConfig
+    layer: LayerKey,
+    latents: pl.DataFrame,
+    latent_metrics: pl.DataFrame,
+    config: MetricsConfig,
+    adaptive: Collection[str] = (),
 ) -> pl.DataFrame:
     """Statistics over the latents of one layer.
 
     For every explainer, scorer, subject, variant and metric: ``median`` and ``mean`` (intervals by
-    bootstrap over latents, as estimates for the population that the latents were drawn from),
-    ``q25`` and ``q75`` (no interval). ``n`` counts latents with a value, ``n_failed`` those with a
-    row and no value; if no latent has a value the row has the commonest reason.
+    bootstrap over latents, as estimates for the population that the latents were drawn from; null
+    with fewer than two), ``q25`` and ``q75`` (no interval). Precision and F1 at the latents' own
+    rates (:mod:`.weighting`) have no statistics: they are of one latent alone. ``n`` counts latents
+    with a value, ``n_failed`` those with a row and no value; if no latent has a value the row has
+    the commonest reason.
 
     ``lift_over_other`` (subject ``own``): mean over floor latents of own minus other, paired; so
     ``lift_over_random`` where there is such a subject. ``lift_over_chance``: the mean minus the
@@ -44,7 +57,8 @@ def layer_metrics_of(
     subject ``own``): share of latents with a value whose true value is above
     ``interpretable_cut``, at ``false_discovery_rate`` among the latents of this layer, explainer
     and scorer (one-sided :func:`.intervals.p_above`, Benjamini-Hochberg); its interval is Wilson's
-    over latents.
+    over latents. Of a scorer in ``adaptive`` it is null (``undefined``): a latent that stops as
+    soon as its interval is narrow enough never has a p-value small enough to be found among many.
 
     ``count`` (metric ``latents``): latents by variant ``all``, ``alive``, ``ok``, ``dead``,
     ``rare``, ``dense`` (scorer, explainer null), and ``explained`` and ``not_explained`` of those
@@ -56,6 +70,7 @@ def layer_metrics_of(
         latents: ``LATENTS`` rows of all ranges, any order.
         latent_metrics: ``LATENT_METRICS`` rows of all ranges, any order.
         config: Confidence, cut, resamples, seed.
+        adaptive: Scorers whose latents were asked until they were sure.
 
     Returns:
         ``LAYER_METRICS``.
@@ -68,12 +83,12 @@ def layer_metrics_of(
     for name, frame in {"latents": latents, "latent_metrics": latent_metrics}.items():
         if not frame.select(is_here.all()).item():
             raise ValueError(f"layer_metrics of {layer}: {name} has rows of another layer.")
-    metrics = latent_metrics.filter(~pl.col("metric").is_in(list(P_AGAINST.values())))
+    metrics = latent_metrics.filter(~pl.col("metric").is_in(_OF_A_LATENT_ALONE))
     parts = [
         _distributions(layer, metrics, config),
         *(_lifts(layer, metrics, floor, config) for floor in P_AGAINST),
         _lifts_over_chance(layer, metrics, config),
-        _interpretable(metrics, config),
+        _interpretable(metrics, config, adaptive),
         _latent_counts(latents),
         _explained_counts(latent_metrics),
     ]
@@ -118,7 +133,6 @@ def _distributions(layer: LayerKey, metrics: pl.DataFrame, config: MetricsConfig
     means = bootstrap_means(
         matrix.values, config.n_bootstrap, _generator(config, layer, "layer-means")
     )
-    intervals = percentile_intervals(means, config.confidence)
     columns = [column[~np.isnan(column)] for column in matrix.values.T]
     rows = []
     for index, (names, values) in enumerate(
@@ -127,11 +141,17 @@ def _distributions(layer: LayerKey, metrics: pl.DataFrame, config: MetricsConfig
         # Groups differ in address, so that adding a scorer changes no other row.
         rng = _generator(config, layer, "layer-median", *names.values())
         medians = bootstrap_medians(values, config.n_bootstrap, rng)
-        limits = {
-            "median": percentile_interval(medians, config.confidence),
-            "mean": (float(intervals.lo[index]), float(intervals.hi[index])),
-        }
         points = _points(values)
+        limits = {
+            statistic: small_sample_interval(
+                replicates,
+                points[statistic],
+                len(values),
+                config.confidence,
+                _range(names["scorer"]),
+            )
+            for statistic, replicates in (("median", medians), ("mean", means[:, index]))
+        }
         for statistic, value in points.items():
             lo, hi = limits.get(statistic, (float("nan"), float("nan")))
             rows.append((*names.values(), statistic, value, lo, hi, len(values)))
@@ -140,6 +160,14 @@ def _distributions(layer: LayerKey, metrics: pl.DataFrame, config: MetricsConfig
         pl.col("n_failed").fill_null(0),
         status=pl.when(pl.col("n") > 0).then(pl.lit("ok")).otherwise("status"),
     )
+
+
+def _range(scorer: str | None) -> tuple[float, float]:
+    """Between what a scorer's metrics lie."""
+    family = None if scorer is None else FAMILIES.get(scorer)
+    if family is None or family.kind == "nats":
+        return -np.inf, np.inf
+    return (-1.0, 1.0) if family.kind == "correlation" else (0.0, 1.0)
 
 
 def _points(values: Float64[np.ndarray, " latent"]) -> dict[str, float]:
@@ -164,7 +192,8 @@ def _reasons(metrics: pl.DataFrame) -> pl.DataFrame:
 def _lifts(
     layer: LayerKey, metrics: pl.DataFrame, floor: str, config: MetricsConfig
 ) -> pl.DataFrame:
-    pairs = paired_subjects(metrics, ["latent", "explainer", "scorer", "variant", "metric"], floor)
+    scores = metrics.filter(pl.col("metric") != _WITHOUT_LIFT)
+    pairs = paired_subjects(scores, ["latent", "explainer", "scorer", "variant", "metric"], floor)
     names = ["explainer", "scorer", "variant", "metric"]
     matrix = _matrix(pairs, "difference", names)
     rows = []
@@ -184,7 +213,7 @@ def _lifts_over_chance(
     """Of scorers that ask about no explanation; guessing stands in for their floor."""
     rows = []
     for scorer, family in FAMILIES.items():
-        if family.needs_explanation:
+        if family.needs_explanation or family.chance is None:
             continue
         is_headline = (pl.col("scorer") == scorer) & (pl.col("metric") == family.headline)
         here = metrics.filter(is_headline).sort("latent").drop_nulls("value")
@@ -202,8 +231,8 @@ def _mean_of(
     """Mean, limits and count of the latents that have a value."""
     known = column[~np.isnan(column)]
     means = bootstrap_means(known[:, None], config.n_bootstrap, rng)[:, 0]
-    lo, hi = percentile_interval(means, config.confidence)
-    return float(known.mean()), lo, hi, len(known)
+    mean = float(known.mean())
+    return mean, *small_sample_interval(means, mean, len(known), config.confidence), len(known)
 
 
 def _generator(config: MetricsConfig, layer: LayerKey, *address: str | None) -> np.random.Generator:
@@ -230,7 +259,10 @@ def paired_subjects(metrics: pl.DataFrame, on: list[str], floor: str = "other") 
     return pairs.select(*on, difference=pl.col("value") - pl.col("value_other"))
 
 
-def _interpretable(metrics: pl.DataFrame, config: MetricsConfig) -> pl.DataFrame:
+def _interpretable(
+    metrics: pl.DataFrame, config: MetricsConfig, adaptive: Collection[str]
+) -> pl.DataFrame:
+    unknown = float("nan")
     rows = []
     for scorer, family in FAMILIES.items():
         if not family.has_cut:
@@ -244,15 +276,19 @@ def _interpretable(metrics: pl.DataFrame, config: MetricsConfig) -> pl.DataFrame
         ).drop_nulls(["value", "lo"])
         for explainer in main["explainer"].unique().sort(nulls_last=True):
             own = main.filter(pl.col("explainer").eq_missing(explainer))
+            group = (explainer, scorer, "own", MAIN_VARIANT, metric, "share_interpretable")
+            if scorer in adaptive:
+                rows.append((*group, unknown, unknown, unknown, own.height))
+                continue
             value, lo = own["value"].to_numpy(), own["lo"].to_numpy()
             p = p_above(value, lo, config.interpretable_cut, config.confidence)
             passed = benjamini_hochberg(p) <= config.false_discovery_rate
             share, n = np.array([passed.mean()]), np.array([float(len(p))])
             interval = wilson(share, n, config.confidence)
-            group = (explainer, scorer, "own", MAIN_VARIANT, metric, "share_interpretable")
             numbers = (float(share[0]), float(interval.lo[0]), float(interval.hi[0]))
             rows.append((*group, *numbers, len(p)))
-    return _table(rows).with_columns(status=pl.lit("ok"), n_failed=pl.lit(0))
+    status = pl.when(pl.col("value").is_null()).then(pl.lit("undefined")).otherwise(pl.lit("ok"))
+    return _table(rows).with_columns(status=status, n_failed=pl.lit(0))
 
 
 def _latent_counts(latents: pl.DataFrame) -> pl.DataFrame:

@@ -2,7 +2,8 @@
 
 1. Two latents match if each has its largest decoder cosine in the other layer with the other, and
    that cosine reaches a cut.
-2. How often they fire on the same tokens is counted, for the matched ones only.
+2. How often they fire on the same tokens is counted, for these only; those that hardly do are no
+   match. Directions of different layers may be alike by what lies between them.
 3. The cosine of their explanations' embeddings is compared with that of explanations of latents
    that do not match.
 """
@@ -18,7 +19,7 @@ from autointerp_dagster.core.config import MetricsConfig
 from autointerp_dagster.core.metrics.resampling import (
     bootstrap_means,
     bootstrap_medians,
-    percentile_interval,
+    small_sample_interval,
 )
 from autointerp_dagster.core.rng import latent_rng
 from autointerp_dagster.core.schemas import STUDY_METRICS
@@ -41,8 +42,7 @@ class Explained(NamedTuple):
 def matched_latents(
     directions_a: Float32[np.ndarray, "latent_a d_a"],
     directions_b: Float32[np.ndarray, "latent_b d_b"],
-    activations_a: pl.DataFrame | None = None,
-    activations_b: pl.DataFrame | None = None,
+    among: tuple[Int64[np.ndarray, " some_a"], Int64[np.ndarray, " some_b"]] | None = None,
     *,
     min_cosine: float = 0.7,
     block: int = _BLOCK,
@@ -53,20 +53,16 @@ def matched_latents(
         directions_a: Row i is the decoder direction of latent i; of any length, a row of zeros
             matches nothing.
         directions_b: The same of the other layer, in the same space.
-        activations_a: ``ACTIVATIONS`` rows, any order; those of latents without a match are not
-            needed. None: co-firing is not counted.
-        activations_b: On the same tokens.
+        among: Only pairs of these latents, distinct ones of each layer. They are still each other's
+            nearest among all; with few of them it is much cheaper. None: all.
         min_cosine: Pairs below are dropped, in (0, 1].
         block: Latents compared at a time; bounds memory, changes no value.
 
     Returns:
-        ``latent_a`` (ascending), ``latent_b``, ``cosine``, and ``n_both``, ``n_either``,
-        ``jaccard`` over the tokens on which they fire (null if not counted; ``jaccard`` null where
-        neither fires). Ties go to the lower latent.
+        ``latent_a`` (ascending), ``latent_b``, ``cosine``. Ties go to the lower latent.
 
     Raises:
-        ValueError: If a direction is not finite, the spaces or an argument do not fit, or only one
-            layer's activations are given.
+        ValueError: If a direction is not finite, or the spaces or an argument do not fit.
     """
     if not 0 < min_cosine <= 1:
         raise ValueError(f"matched_latents: min_cosine {min_cosine}, wanted in (0, 1].")
@@ -75,28 +71,24 @@ def matched_latents(
             f"matched_latents: directions of {directions_a.shape[1]} and {directions_b.shape[1]} "
             "dimensions, wanted equally many. Match latents that write to the same stream."
         )
-    if (activations_a is None) != (activations_b is None):
-        raise ValueError("matched_latents: activations of one layer, wanted of both or none.")
-    nearest = _nearest(_unit(directions_a, "a"), _unit(directions_b, "b"), block)
-    a = np.flatnonzero(nearest.cosine >= min_cosine)
-    a = a[nearest.a_of_b[nearest.b_of_a[a]] == a]
-    matches = pl.DataFrame(
-        {"latent_a": a, "latent_b": nearest.b_of_a[a], "cosine": nearest.cosine[a]},
+    unit_a, unit_b = _unit(directions_a, "a"), _unit(directions_b, "b")
+    everything = (np.arange(len(unit_a)), np.arange(len(unit_b)))
+    some_a, some_b = everything if among is None else among
+    a = np.sort(some_a)
+    there = _nearest(unit_a[a], unit_b, block)
+    is_near = (there.cosine >= min_cosine) & np.isin(there.place, some_b)
+    a, b, cosine = a[is_near], there.place[is_near], there.cosine[is_near]
+    is_mutual = _nearest(unit_b[b], unit_a, block).place == a
+    return pl.DataFrame(
+        {"latent_a": a[is_mutual], "latent_b": b[is_mutual], "cosine": cosine[is_mutual]},
         schema={"latent_a": pl.UInt32, "latent_b": pl.UInt32, "cosine": pl.Float64},
     )
-    if activations_a is None or activations_b is None:
-        return matches.with_columns(
-            n_both=pl.lit(None, pl.UInt32),
-            n_either=pl.lit(None, pl.UInt32),
-            jaccard=pl.lit(None, pl.Float64),
-        )
-    return with_cofiring(matches, activations_a, activations_b)
 
 
 class _Nearest(NamedTuple):
-    b_of_a: Int64[np.ndarray, " latent_a"]
-    cosine: Float64[np.ndarray, " latent_a"]
-    a_of_b: Int64[np.ndarray, " latent_b"]
+    place: Int64[np.ndarray, " row"]
+    """The lowest of the nearest."""
+    cosine: Float64[np.ndarray, " row"]
 
 
 def _unit(rows: Float32[np.ndarray, "latent d_model"], name: str) -> Float32[np.ndarray, "..."]:
@@ -108,44 +100,42 @@ def _unit(rows: Float32[np.ndarray, "latent d_model"], name: str) -> Float32[np.
 
 
 def _nearest(
-    a: Float32[np.ndarray, "latent_a d_model"],
-    b: Float32[np.ndarray, "latent_b d_model"],
+    rows: Float32[np.ndarray, "row d_model"],
+    others: Float32[np.ndarray, "other d_model"],
     block: int,
 ) -> _Nearest:
-    """The nearest latent of the other layer, for each of both; one block of cosines at a time."""
-    b_of_a, best_a = np.zeros(len(a), np.int64), np.full(len(a), -np.inf)
-    a_of_b, best_b = np.zeros(len(b), np.int64), np.full(len(b), -np.inf)
-    for i in range(0, len(a), block):
-        for j in range(0, len(b), block):
-            cosine = a[i : i + block] @ b[j : j + block].T
-            _keep_larger(b_of_a[i : i + block], best_a[i : i + block], cosine, j)
-            _keep_larger(a_of_b[j : j + block], best_b[j : j + block], cosine.T, i)
-    return _Nearest(b_of_a, np.clip(best_a, -1, 1), a_of_b)
-
-
-def _keep_larger(
-    found: Int64[np.ndarray, " row"],
-    best: Float64[np.ndarray, " row"],
-    cosine: Float32[np.ndarray, "row column"],
-    start: int,
-) -> None:
-    """Puts into ``found`` and ``best`` the columns (from ``start``) that beat what they hold."""
-    column = cosine.argmax(axis=1)
-    largest = cosine[np.arange(len(cosine)), column]
-    is_better = largest > best
-    found[is_better] = column[is_better] + start
-    best[is_better] = largest[is_better]
+    """The nearest of the others for each row, both of length one; a block of cosines at a time."""
+    found, best = np.zeros(len(rows), np.int64), np.full(len(rows), -np.inf)
+    for i in range(0, len(rows), block):
+        here = slice(i, i + block)
+        for j in range(0, len(others), block):
+            cosine = rows[here] @ others[j : j + block].T
+            column = cosine.argmax(axis=1)
+            largest = cosine[np.arange(len(cosine)), column]
+            is_better = largest > best[here]
+            found[here][is_better] = column[is_better] + j
+            best[here][is_better] = largest[is_better]
+    return _Nearest(found, np.clip(best, -1, 1))
 
 
 def with_cofiring(
-    matches: pl.DataFrame, activations_a: pl.DataFrame, activations_b: pl.DataFrame
+    matches: pl.DataFrame,
+    activations_a: pl.DataFrame,
+    activations_b: pl.DataFrame,
+    min_jaccard: float = 0.0,
 ) -> pl.DataFrame:
-    """``matches`` with ``n_both``, ``n_either`` and ``jaccard``, as :func:`matched_latents` has them.
+    """The matches that fire together, and how often they do.
 
     Args:
         matches: ``latent_a``, ``latent_b``, ``cosine``; each latent once.
-        activations_a: ``ACTIVATIONS`` rows of these latents, and perhaps of others.
+        activations_a: ``ACTIVATIONS`` rows of these latents, and perhaps of others, any order.
         activations_b: On the same tokens.
+        min_jaccard: Pairs below are dropped, in [0, 1]; if above 0, also pairs of which neither
+            fires.
+
+    Returns:
+        ``matches`` with ``n_both``, ``n_either`` and ``jaccard`` over the tokens on which they fire
+        (``jaccard`` null where neither does).
     """
     pairs = matches.with_row_index("pair")
     fires = [
@@ -160,7 +150,10 @@ def with_cofiring(
     pairs = pairs.with_columns(pl.col("n_a", "n_b", "n_both").fill_null(0))
     pairs = pairs.with_columns(n_either=pl.col("n_a") + pl.col("n_b") - pl.col("n_both"))
     share = pl.when(pl.col("n_either") > 0).then(pl.col("n_both") / pl.col("n_either"))
-    return pairs.select(*matches.columns, "n_both", "n_either", jaccard=share)
+    found = pairs.select(*matches.columns, "n_both", "n_either", jaccard=share)
+    if min_jaccard > 0:
+        found = found.filter(pl.col("jaccard") >= min_jaccard)
+    return found
 
 
 def explanation_similarity(
@@ -176,11 +169,11 @@ def explanation_similarity(
     ``median_jaccard`` over them; over the pairs with both explanations ``mean_similarity`` (cosine
     of their vectors), ``mean_similarity_unmatched`` (of each explanation with those of all other
     pairs' latents: what any two explanations have in common) and ``mean_difference`` of the two,
-    whose p-value is Wilcoxon's signed-rank test. Intervals are percentiles of a bootstrap over
+    whose p-value is Wilcoxon's signed-rank test. Intervals are by bootstrap over
     pairs; with fewer than two pairs there is none, and no floor.
 
     Args:
-        matches: Of :func:`matched_latents`.
+        matches: Of :func:`matched_latents`, then :func:`with_cofiring`.
         explained_a: Explanations of the first layer's latents.
         explained_b: Of the second's.
         names: The two layers (``<coder>@<hookpoint>``), and the explainer, null for several.
@@ -197,7 +190,9 @@ def explanation_similarity(
         values = matches[column].drop_nulls().cast(pl.Float64).to_numpy()
         medians = bootstrap_medians(values, config.n_bootstrap, _generator(config, names, column))
         median = float(np.median(values)) if len(values) else None
-        rows.append(_Row(statistic, median, *_limits(medians, values, config), None, len(values)))
+        rows.append(
+            _Row(statistic, median, *_limits(medians, median, values, config), None, len(values))
+        )
     own, unmatched = _similarities(matches, explained_a, explained_b)
     table = {
         "mean_similarity": own,
@@ -209,7 +204,7 @@ def explanation_similarity(
         means = bootstrap_means(values[:, None], config.n_bootstrap, rng)[:, 0]
         value = float(values.mean()) if len(values) else None
         p = _signed_rank_p(values) if statistic == "mean_difference" else None
-        rows.append(_Row(statistic, value, *_limits(means, values, config), p, len(values)))
+        rows.append(_Row(statistic, value, *_limits(means, value, values, config), p, len(values)))
     fixed = {"comparison": "matched", "a": names[0], "b": names[1], "explainer": names[2]}
     filled = [fixed | {"scorer": None} | row._asdict() for row in rows]
     frame = pl.DataFrame(filled, schema=dict(STUDY_METRICS.columns))
@@ -267,12 +262,13 @@ def _unit_vectors(explained: Explained) -> Float64[np.ndarray, "explained dim"]:
 
 def _limits(
     replicates: Float64[np.ndarray, " replicate"],
+    value: float | None,
     values: Shaped[np.ndarray, " pair"],
     config: MetricsConfig,
 ) -> tuple[float | None, float | None]:
-    if len(values) < 2:
+    if value is None or len(values) < 2:
         return None, None
-    return percentile_interval(replicates, config.confidence)
+    return small_sample_interval(replicates, value, len(values), config.confidence)
 
 
 def _generator(

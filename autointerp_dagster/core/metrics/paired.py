@@ -7,7 +7,7 @@ from jaxtyping import Float64
 from scipy import stats
 
 from autointerp_dagster.core.config import MetricsConfig
-from autointerp_dagster.core.metrics.resampling import bootstrap_means, percentile_interval
+from autointerp_dagster.core.metrics.resampling import bootstrap_means, small_sample_interval
 
 _UNKNOWN = float("nan")
 
@@ -27,7 +27,7 @@ class MeanDifference(NamedTuple):
 def mean_difference(
     difference: Float64[np.ndarray, " pair"], config: MetricsConfig, rng: np.random.Generator
 ) -> MeanDifference:
-    """The mean of differences with a percentile interval of a bootstrap over pairs.
+    """The mean of differences with an interval of a bootstrap over pairs.
 
     Args:
         difference: One per pair, no NaN, in a fixed order.
@@ -42,11 +42,12 @@ def mean_difference(
         value = float(difference[0]) if n else _UNKNOWN
         return MeanDifference(value, _UNKNOWN, _UNKNOWN, _UNKNOWN, n)
     means = bootstrap_means(difference[:, None], config.n_bootstrap, rng)[:, 0]
-    lo, hi = percentile_interval(means, config.confidence)
+    value = float(difference.mean())
+    lo, hi = small_sample_interval(means, value, n, config.confidence)
     p = 1.0
     if difference.any():
         p = p_value(stats.wilcoxon(difference, zero_method="zsplit"))
-    return MeanDifference(float(difference.mean()), lo, hi, p, n)
+    return MeanDifference(value, lo, hi, p, n)
 
 
 def p_value(result: Any) -> float:

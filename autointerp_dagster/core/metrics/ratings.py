@@ -18,7 +18,11 @@ from scipy import stats
 from autointerp_dagster.core.config import MetricsConfig
 from autointerp_dagster.core.metrics.compare import headline_values
 from autointerp_dagster.core.metrics.families import HEADLINE
-from autointerp_dagster.core.metrics.resampling import pearson, percentile_interval
+from autointerp_dagster.core.metrics.resampling import (
+    LEAST_FOR_CORRELATION,
+    correlation_interval,
+    pearson,
+)
 from autointerp_dagster.core.rng import latent_rng
 
 RATED_ITEM = ("coder", "hookpoint", "latent", "explainer")
@@ -40,7 +44,7 @@ class Agreement(NamedTuple):
     spearman: float | None
     """Null with fewer than three items, or if the scores or the ratings are all the same."""
     lo: float | None
-    """Null with fewer than three latents."""
+    """Null with fewer than five latents."""
     hi: float | None
     n: int
     """Items with a rating and a score."""
@@ -137,8 +141,11 @@ def _agreement(
         purpose = "\0".join(("ratings", scorer, str(explainer)))
         rng = latent_rng(config.seed, None, None, purpose)
         draws = _resampled(rating, value, latent.astype(np.int64), config.n_bootstrap, rng)
-        if len(np.unique(latent)) >= _FEWEST and not np.isnan(draws).all():
-            lo, hi = percentile_interval(draws, config.confidence)
+        n_latents = len(np.unique(latent))
+        if n_latents >= LEAST_FOR_CORRELATION:
+            lo, hi = correlation_interval(
+                draws, spearman, n_latents, config.confidence, is_of_ranks=True
+            )
     n_unscored = items.height - scored.height
     return Agreement(
         scorer, HEADLINE[scorer], explainer, spearman, lo, hi, scored.height, n_unscored

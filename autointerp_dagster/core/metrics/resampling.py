@@ -4,10 +4,13 @@ import numpy as np
 from jaxtyping import Float64
 from scipy import stats
 
-from autointerp_dagster.core.metrics.intervals import Interval
+from autointerp_dagster.core.metrics.intervals import normal_quantile
 
 _BLOCK = 2_000_000
 """Numbers drawn at a time, so that memory does not grow with the latents."""
+
+LEAST_FOR_CORRELATION = 5
+"""Units below which a correlation has no limits: they would be nearly -1 and 1."""
 
 
 def percentile_interval(
@@ -21,13 +24,81 @@ def percentile_interval(
     return float(lo), float(hi)
 
 
-def percentile_intervals(
-    replicates: Float64[np.ndarray, "replicate column"], confidence: float
-) -> Interval:
-    """:func:`percentile_interval` of each column."""
-    pairs = [percentile_interval(column, confidence) for column in replicates.T]
-    lo, hi = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
-    return Interval(lo, hi)
+def small_sample_interval(
+    replicates: Float64[np.ndarray, " replicate"],
+    estimate: float,
+    n: int,
+    confidence: float,
+    within: tuple[float, float] = (-np.inf, np.inf),
+) -> tuple[float, float]:
+    """Middle ``confidence`` of the replicates, as much wider about the estimate as few units need.
+
+    Resamples of n units vary less than samples do, by sqrt((n - 1) / n), and n units do not know
+    how much they vary: percentiles alone cover a mean at .49 for n = 2, .78 for 4, .92 for 10, at
+    .95. Widened they cover that of normal values at .95, .94 and .95, of skewed ones at .91 and
+    more, and a median at .90 to .98.
+
+    Args:
+        replicates: Of a location: a mean, a median.
+        estimate: The same of the sample.
+        n: Units resampled.
+        confidence: Two-sided.
+        within: What the location can be: limits are cut there.
+
+    Returns:
+        NaN with fewer than two units, or without a replicate.
+
+    Source:
+        Hesterberg, The American Statistician 69 (2015), the "expanded percentile interval", here as
+        a factor on the limits.
+    """
+    if n < 2:
+        return float("nan"), float("nan")
+    factor = expansion(n, confidence)
+    lo, hi = percentile_interval(replicates, confidence)
+    lo, hi = estimate - factor * (estimate - lo), estimate + factor * (hi - estimate)
+    return max(lo, within[0]), min(hi, within[1])
+
+
+def expansion(n: int, confidence: float) -> float:
+    """How many times further than percentiles the limits of n >= 2 units lie."""
+    student = float(stats.t.ppf((1 + confidence) / 2, n - 1))
+    return float(np.sqrt(n / (n - 1))) * student / normal_quantile(confidence)
+
+
+def correlation_interval(
+    replicates: Float64[np.ndarray, " replicate"],
+    value: float,
+    n: int,
+    confidence: float,
+    *,
+    is_of_ranks: bool,
+) -> tuple[float, float]:
+    """Limits of a correlation over n units: of its resamples or of the normal theory, the wider.
+
+    Few units resample to far too narrow limits, and normal theory knows nothing of tails.
+
+    Args:
+        replicates: Of the correlation; NaN where undefined.
+        value: The same of the sample.
+        n: Units.
+        confidence: Two-sided.
+        is_of_ranks: Spearman's; else Pearson's.
+
+    Returns:
+        NaN below :data:`LEAST_FOR_CORRELATION` units.
+
+    Source:
+        Fisher 1921; Bonett and Wright, Psychometrika 65 (2000), for ranks.
+    """
+    if n < LEAST_FOR_CORRELATION:
+        return float("nan"), float("nan")
+    bound = 1 - 0.5 / n  # z is infinite at 1
+    r = float(np.clip(value, -bound, bound))
+    reach = normal_quantile(confidence) * np.sqrt((1 + is_of_ranks * r * r / 2) / (n - 3))
+    lo, hi = percentile_interval(replicates, confidence)
+    normal = np.tanh(np.arctanh(r) - reach), np.tanh(np.arctanh(r) + reach)
+    return float(np.nanmin([lo, normal[0], value])), float(np.nanmax([hi, normal[1], value]))
 
 
 def bootstrap_means(

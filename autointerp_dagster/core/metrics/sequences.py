@@ -51,7 +51,8 @@ def sequence_estimates(frame: pl.DataFrame, sizes: pl.DataFrame, confidence: flo
 
     Returns:
         ``latent, explainer, subject, variant, metric, value, lo, hi, n, n_failed, status``, by the
-        first three. ``value`` is the mean of sensitivity and specificity over the answered windows,
+        first three. Latents whose classes are too unequal to stop early have none: they were asked
+        everything. ``value`` is the mean of sensitivity and specificity over the answered windows,
         moved into the limits if it lies outside. ``n`` counts answered windows, ``n_failed`` failed
         ones among those asked. A latent without an answer of each class has null and the reason.
 
@@ -71,8 +72,11 @@ def sequence_estimates(frame: pl.DataFrame, sizes: pl.DataFrame, confidence: flo
     }
     # Sums round by order: one order makes them equal, bit by bit, on every run.
     main = main.sort(*_OWNER, "turn", "window_id", "is_activating", nulls_last=True)
-    groups = main.partition_by(*_OWNER, maintain_order=True)
-    rows = [_row(group, weights[group["latent"][0]], confidence) for group in groups]
+    rows: list[Mapping[str, Any]] = []
+    for group in main.partition_by(*_OWNER, maintain_order=True):
+        mine = weights[group["latent"][0]]
+        if mine is None or mine.may_stop:
+            rows.append(_row(group, mine, confidence))
     return pl.DataFrame(rows, schema=_COLUMNS)
 
 
@@ -107,6 +111,7 @@ def _row(group: pl.DataFrame, weights: ClassWeights | None, confidence: float) -
 
 
 def _reason(answered: pl.DataFrame, failed: pl.DataFrame) -> str:
-    if answered.height or not failed.height:
+    lost = failed.join(answered.select("is_activating").unique(), on="is_activating", how="anti")
+    if not lost.height:
         return "missing_class"
-    return "unasked" if failed["reason"].is_in(UNASKED).all() else "failed"
+    return "unasked" if lost["reason"].is_in(UNASKED).all() else "failed"

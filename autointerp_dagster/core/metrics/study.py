@@ -20,6 +20,8 @@ from autointerp_dagster.core.metrics.paired import mean_difference, p_value
 from autointerp_dagster.core.metrics.resampling import (
     bootstrap_correlations,
     bootstrap_medians,
+    correlation_interval,
+    expansion,
     pearson,
     percentile_interval,
 )
@@ -27,6 +29,9 @@ from autointerp_dagster.core.rng import latent_rng
 from autointerp_dagster.core.schemas import MAIN_VARIANT, STUDY_METRICS
 
 _LATENT = ["coder", "hookpoint", "latent"]
+
+LEAST_FLOORS = 5
+"""Pairs of own and floor below which nothing is said about a judge."""
 
 
 def study_metrics_of(latent_metrics: pl.DataFrame, config: MetricsConfig) -> pl.DataFrame:
@@ -42,7 +47,9 @@ def study_metrics_of(latent_metrics: pl.DataFrame, config: MetricsConfig) -> pl.
     - ``layer``, per explainer and scorer: ``median_difference``, unpaired, between layers
       (``<coder>@<hookpoint>``) that share the coder or the hookpoint.
 
-    A difference is a minus b. Intervals are percentiles of a bootstrap over latents. p-values: of
+    A difference is a minus b. Intervals are by bootstrap over latents, widened where these are few
+    (:func:`.resampling.small_sample_interval`, :func:`.resampling.correlation_interval`: of a
+    correlation null below five). p-values: of
     ``mean_difference`` Wilcoxon's signed-rank test (zeros split), of the correlations the test of
     none, of ``median_difference`` the Mann-Whitney test; they are not adjusted. ``n`` counts pairs,
     or the latents of both layers; with fewer than two, interval and p are null, with none the value
@@ -59,12 +66,7 @@ def study_metrics_of(latent_metrics: pl.DataFrame, config: MetricsConfig) -> pl.
         ValueError: If a value is not finite.
     """
     check_finite(latent_metrics)
-    headline = pl.DataFrame(
-        {"scorer": list(HEADLINE), "metric": list(HEADLINE.values())},
-        schema={"scorer": pl.String, "metric": pl.String},
-    )
-    main = latent_metrics.filter(pl.col("variant") == MAIN_VARIANT)
-    main = main.join(headline, on=["scorer", "metric"], how="semi").sort(_LATENT)
+    main = headline_rows(latent_metrics).sort(_LATENT)
     own = main.filter(pl.col("subject") == "own")
     comparisons = [
         *_subjects(main, config),
@@ -76,6 +78,20 @@ def study_metrics_of(latent_metrics: pl.DataFrame, config: MetricsConfig) -> pl.
     return STUDY_METRICS.conform(rows.with_columns(pl.col("value", "lo", "hi", "p").fill_nan(None)))
 
 
+def headline_rows(latent_metrics: pl.DataFrame) -> pl.DataFrame:
+    """The few ``LATENT_METRICS`` rows that studies are compared by: headline metrics, all windows.
+
+    :func:`study_metrics_of` takes them from any table; a caller with many tables need not keep the
+    others in memory.
+    """
+    headline = pl.DataFrame(
+        {"scorer": list(HEADLINE), "metric": list(HEADLINE.values())},
+        schema={"scorer": pl.String, "metric": pl.String},
+    )
+    main = latent_metrics.filter(pl.col("variant") == MAIN_VARIANT)
+    return main.join(headline, on=["scorer", "metric"], how="semi")
+
+
 def judge_is_too_weak(study_metrics: pl.DataFrame, scorer: str, explainer: str) -> bool | None:
     """Whether a judge cannot tell a latent's own explanation from another's.
 
@@ -85,8 +101,8 @@ def judge_is_too_weak(study_metrics: pl.DataFrame, scorer: str, explainer: str) 
         explainer: Whose explanations.
 
     Returns:
-        True unless the interval of own minus other, over all layers, lies above 0; None if there
-        is no interval (no floors measured, or fewer than two).
+        True unless the interval of own minus other, over all layers, lies above 0; None where
+        nobody can tell: there are fewer than :data:`LEAST_FLOORS` pairs.
     """
     row = study_metrics.filter(
         (pl.col("comparison") == "subject")
@@ -96,7 +112,7 @@ def judge_is_too_weak(study_metrics: pl.DataFrame, scorer: str, explainer: str) 
         & (pl.col("explainer") == explainer)
         & (pl.col("statistic") == "mean_difference")
     )
-    if not row.height or row["lo"][0] is None:
+    if not row.height or row["n"][0] < LEAST_FLOORS or row["lo"][0] is None:
         return None
     return bool(row["lo"][0] <= 0)
 
@@ -216,7 +232,10 @@ def _correlations(
     for index, (statistic, p) in enumerate(found.items()):
         a, b = ranks if statistic == "spearman" else (first, second)
         value = float(pearson(a[None], b[None])[0])
-        lo, hi = percentile_interval(replicates[:, index], config.confidence)
+        is_of_ranks = statistic == "spearman"
+        lo, hi = correlation_interval(
+            replicates[:, index], value, n, config.confidence, is_of_ranks=is_of_ranks
+        )
         yield _Row(*comparison, statistic, value, lo, hi, p, n)
 
 
@@ -251,6 +270,11 @@ def _layer_sample(
     return _Sample(values, bootstrap_medians(values, config.n_bootstrap, rng))
 
 
+def _widened(sample: _Sample, confidence: float) -> Float64[np.ndarray, " replicate"]:
+    median = np.median(sample.values)
+    return median + expansion(len(sample.values), confidence) * (sample.medians - median)
+
+
 def _median_difference(
     a: _Sample,
     b: _Sample,
@@ -263,7 +287,9 @@ def _median_difference(
     value = float(np.median(a.values) - np.median(b.values))
     if min(len(a.values), len(b.values)) < 2:
         return _Row(*comparison, "median_difference", value, unknown, unknown, unknown, n)
-    lo, hi = percentile_interval(a.medians - b.medians, config.confidence)
+    # Each side's resamples as much wider as its own number of latents needs.
+    apart = _widened(a, config.confidence) - _widened(b, config.confidence)
+    lo, hi = percentile_interval(apart, config.confidence)
     p = 1.0
     if np.ptp(np.concatenate([a.values, b.values])):
         p = p_value(stats.mannwhitneyu(a.values, b.values, method="asymptotic"))

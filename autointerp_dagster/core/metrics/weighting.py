@@ -127,7 +127,7 @@ def weighted_estimates(judged: Judged, confidence: float) -> dict[str, Estimate]
     parts = _at_base_rate(judged.rate, (recall, sure), (false_rate, wrong), n)
     has_classes = (n_activating > 0) & (n_silent > 0)
     return {
-        name: finished(part, verdicts, name, has_classes, n)
+        name: finished(part, verdicts, name, has_classes)
         for name, part in {"recall_weighted": recall_part, **parts}.items()
     }
 

@@ -10,8 +10,8 @@ Source:
 from collections.abc import Sequence
 from typing import NamedTuple
 
-OUTPUT_VERSION = "1"
-"""Changes with every word below."""
+OUTPUT_VERSION = "2"
+"""Changes with every word below, and with how a token is quoted."""
 
 EXPLANATION_LABEL = "Explanation:"
 """Opens the last line of a neuron; nothing stands after it in the question."""
@@ -153,9 +153,15 @@ def _neuron(number: int, examples: Sequence[PromotedAfter], n_tokens: int) -> st
     lines = [f"Neuron {number}"]
     for example in examples:
         tokens = example.promoted[:n_tokens]
-        listed = ", ".join(f'"{token.strip(" ") or " "}" (+{rise:.3f})' for token, rise in tokens)
+        listed = ", ".join(f"{_quoted(token)} (+{rise:.3f})" for token, rise in tokens)
         lines += [f"Text: {example.text.strip(' ')}", f"Likelier: {listed}"]
     for line in lines:
         if line.splitlines() != [line]:
             raise ValueError(f"prompt: got {line!r}, wanted one line. Escape it (core.highlight).")
     return "\n".join([*lines, EXPLANATION_LABEL])
+
+
+def _quoted(token: str) -> str:
+    r"""In quotes; one inside becomes ``\"``, which no escaped text holds by itself."""
+    said = (token.strip(" ") or " ").replace('"', '\\"')
+    return f'"{said}"'

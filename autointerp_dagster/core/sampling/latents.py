@@ -116,6 +116,7 @@ def donors_of(
     candidates: Int64[np.ndarray, " candidate"],
     decoder: Float32[np.ndarray, "candidate d_in"],
     config: FloorsConfig,
+    preferred: Int64[np.ndarray, " preferred"] | None = None,
 ) -> pl.DataFrame:
     """Whose explanation may stand in for a floor latent's own, in the order to be tried.
 
@@ -129,10 +130,12 @@ def donors_of(
         decoder: Row ``i`` is the decoder direction of ``candidates[i]``; a row of zeros has
             cosine 0 with all.
         config: The block, the largest cosine and the seed.
+        preferred: Latents that an explainer is restricted to. As many donors again are taken from
+            them alone, or a floor latent might have none that this explainer explained.
 
     Returns:
-        ``schemas.DONORS``, at most 16 donors per floor latent; a floor latent without any has
-        no row.
+        ``schemas.DONORS``, at most 16 donors per floor latent, and 16 of ``preferred``; a floor
+        latent without any has no row.
 
     Raises:
         ValueError: If a floor latent is not a candidate.
@@ -146,7 +149,7 @@ def donors_of(
         rows = rows[np.argsort(candidates[rows])]
         unit = _unit(decoder[rows])
         parts.extend(
-            _donors(layer, int(floor), candidates[rows], unit, config)
+            _donors(layer, int(floor), candidates[rows], unit, config, preferred)
             for floor in np.unique(floors[floors // config.donor_block == block])
         )
     frame = pl.concat([DONORS.empty().drop("coder", "hookpoint"), *parts])
@@ -159,11 +162,17 @@ def _donors(
     block: Int64[np.ndarray, " candidate"],
     unit: Float64[np.ndarray, "candidate d_in"],
     config: FloorsConfig,
+    preferred: Int64[np.ndarray, " preferred"] | None,
 ) -> pl.DataFrame:
     cosine = unit @ unit[np.searchsorted(block, floor)]
     fit = np.flatnonzero((cosine < config.max_decoder_cosine) & (block != floor))
     priority = hash_priority(address_key(config.seed, layer, floor, "donors"), block[fit])
-    fit = fit[np.argsort(priority, kind="stable")[:N_DONORS]]
+    fit = fit[np.argsort(priority, kind="stable")]
+    taken = np.arange(len(fit)) < N_DONORS
+    if preferred is not None:
+        is_preferred = np.isin(block[fit], preferred)
+        taken |= is_preferred & (np.cumsum(is_preferred) <= N_DONORS)
+    fit = fit[taken]
     return pl.DataFrame(
         {
             "latent": np.full(len(fit), floor, dtype=np.uint32),

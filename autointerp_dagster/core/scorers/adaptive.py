@@ -3,7 +3,8 @@
 1. Many latents are worked on together. Each latent's prompts have an order, the addressed shuffle
    of its scorer; in each round every latent is asked its next prompt, in the first ``min_prompts``.
 2. A latent stops when its confidence sequence is narrow enough (:mod:`.stopping`), when it has no
-   prompt left, or when a budget or deadline refuses one.
+   prompt left, or when a budget or deadline refuses one. With very unequal classes only the last
+   two end it.
 3. Then its floors, and its other variants, are asked the prompts of the same turns.
 
 Whether a latent stops depends on its own answers alone, taken in turn: not on which latents are
@@ -50,7 +51,7 @@ class _Series:
     followers: Sequence[ScoringTask]
     """Floors, asked the same turns afterwards."""
     weights: ClassWeights | None
-    """Null: a class is missing, so there is no score and nothing to be sure of."""
+    """Null: nothing stops it, as a class is missing or the classes are too unequal."""
     n_asked: int = 0
     is_refused: bool = False
     """A budget or deadline came first."""
@@ -179,4 +180,6 @@ def _series(
     others = [prompt for prompt in prompts if prompt.variant != MAIN_VARIANT]
     truth = [shown.is_activating for prompt in main for shown in prompt.windows]
     weights = ClassWeights.of_counts(sum(truth), len(truth) - sum(truth))
+    if weights is not None and not weights.may_stop:
+        weights = None
     return _Series(job, task, main, others, followers, weights)

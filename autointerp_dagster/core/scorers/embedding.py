@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from autointerp_dagster.core.config import EmbeddingConfig
+from autointerp_dagster.core.highlight import EXPLANATION_CAP
 from autointerp_dagster.core.latent_records import LatentRecord, Window
 from autointerp_dagster.core.schemas import MAIN_VARIANT
 from autointerp_dagster.core.scorers.planning import Job
@@ -25,7 +26,7 @@ from autointerp_dagster.core.scorers.tasks import (
 from autointerp_dagster.core.scorers.vectors import Embedder, cosines, in_calls, vectors_of
 from autointerp_dagster.core.tokens import Detokenizer
 
-VERSION = "2"
+VERSION = "3"
 
 
 class EmbeddingInputs(NamedTuple):
@@ -78,8 +79,8 @@ def embedding_inputs(
 
 
 def query_text(task: ScoringTask, query_prefix: str) -> str:
-    """What is embedded of an explanation."""
-    return query_prefix + task.text
+    """What is embedded of an explanation: no more characters than a judge sees, not escaped."""
+    return query_prefix + task.text[:EXPLANATION_CAP]
 
 
 def verdicts_of(

@@ -32,12 +32,12 @@ from autointerp_dagster.core.scorers.judging import draw_key
 from autointerp_dagster.core.scorers.marks import mark_truly
 from autointerp_dagster.core.scorers.planning import Job
 from autointerp_dagster.core.scorers.rounds import balanced, by_quantile, drawn_one, drawn_order
-from autointerp_dagster.core.scorers.tasks import Verdict
+from autointerp_dagster.core.scorers.tasks import Verdict, silent_windows
 from autointerp_dagster.core.scorers.vectors import Embedder, cosines, in_calls, vectors_of
 from autointerp_dagster.core.tokens import Detokenizer
 from autointerp_dagster.core.types import LatentId
 
-VERSION = f"1.{highlight.VERSION}"
+VERSION = f"2.{highlight.VERSION}"
 """Of this module and the way windows are shown."""
 
 Vector = Float32[np.ndarray, " dim"]
@@ -69,13 +69,13 @@ def rounds_of(
     draw = _Draw(record.latent, config, detokenizer)
     examples = by_quantile(record.activating("train"))
     tested = by_quantile(record.activating("test"))
-    far, usable = record.non_activating("train"), [q for q in tested if q in examples]
+    far, usable = silent_windows(record, "train"), [q for q in tested if q in examples]
     if not usable or not far:
         return []
     far_texts = {w.window_id: draw.false_text(w, record.activating("train")) for w in far}
     order = balanced(usable, draw.key("quantiles"))
     pools = {q: drawn_order(tested[q], draw.key(f"activating-{q}")) for q in usable}
-    silent = drawn_order(record.non_activating("test"), draw.key("silent"))
+    silent = drawn_order(silent_windows(record, "test"), draw.key("silent"))
     rounds: list[Round] = []
     for number in range(config.n_rounds):
         quantile = order[number % len(order)]
@@ -122,7 +122,7 @@ def verdicts(
 
 
 def verdicts_of(latent: LatentId, asked: Round, vector_of: Mapping[str, Vector]) -> list[Verdict]:
-    """The verdicts on p and u, in this order.
+    """The verdicts on p and u, in this order, both with the round's quantile.
 
     A window whose own vector, or any that it is compared with, has no direction (zero or not
     finite) is failed with ``no_vector``.
@@ -135,7 +135,10 @@ def verdicts_of(latent: LatentId, asked: Round, vector_of: Mapping[str, Vector])
     near = np.stack([vector_of[text] for text in asked.near])
     far = np.stack([vector_of[text] for text in asked.far])
     shown = ((asked.activating, asked.activating_text), (asked.silent, asked.silent_text))
-    return [_verdict(latent, window, _delta(vector_of[text], near, far)) for window, text in shown]
+    return [
+        _verdict(latent, asked.quantile, window, _delta(vector_of[text], near, far))
+        for window, text in shown
+    ]
 
 
 def _delta(
@@ -148,7 +151,7 @@ def _delta(
     return None if np.isnan(delta) else delta
 
 
-def _verdict(latent: LatentId, window: Window, delta: float | None) -> Verdict:
+def _verdict(latent: LatentId, quantile: int, window: Window, delta: float | None) -> Verdict:
     return Verdict(
         latent=latent,
         explainer=None,
@@ -157,7 +160,7 @@ def _verdict(latent: LatentId, window: Window, delta: float | None) -> Verdict:
         window_id=window.window_id,
         explanation_of=None,
         is_activating=window.is_activating,
-        quantile=window.quantile,
+        quantile=quantile,
         negative_kind=window.negative_kind,
         prediction=None,
         probability=None,

@@ -33,11 +33,11 @@ from autointerp_dagster.core.scorers.judging import draw_key
 from autointerp_dagster.core.scorers.marks import mark_truly
 from autointerp_dagster.core.scorers.planning import Job
 from autointerp_dagster.core.scorers.rounds import balanced, by_quantile, drawn_one, drawn_order
-from autointerp_dagster.core.scorers.tasks import Verdict
+from autointerp_dagster.core.scorers.tasks import Verdict, silent_windows
 from autointerp_dagster.core.tokens import Detokenizer
 from autointerp_dagster.core.types import LatentId
 
-VERSION = f"1.{INTRUDER_VERSION}.{highlight.VERSION}"
+VERSION = f"2.{INTRUDER_VERSION}.{highlight.VERSION}"
 """Of this module, the prompt and the way windows are shown."""
 
 INTERNAL_VARIANT = "internal"
@@ -175,7 +175,7 @@ def _trials_of_variant(
     if not usable:
         return []
     is_main = variant == MAIN_VARIANT
-    candidates = record.non_activating("test") if is_main else record.activating("test")
+    candidates = silent_windows(record, "test") if is_main else record.activating("test")
     pool = drawn_order(candidates, _key(record, config, f"{variant}-intruders"))
     order = balanced(usable, _key(record, config, f"{variant}-quantiles"))
     trials: list[Trial] = []

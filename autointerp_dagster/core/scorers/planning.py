@@ -23,7 +23,8 @@ def scoring_tasks(
 ) -> dict[int, tuple[ScoringTask, ...]]:
     """The tasks of each latent under one explainer.
 
-    A floor latent gets a second task: the explanation of its first donor (by rank) that has one.
+    A floor latent gets a second task: the explanation of its first donor (by rank) that has one
+    with another text.
 
     Args:
         layer_latents: Latents that may be scored, of one layer.
@@ -44,7 +45,8 @@ def scoring_tasks(
         if latent.index not in rows:
             continue
         own = ScoringTask.of_row(rows[latent.index], latent, "own")
-        donor = next((d for d in candidates.get(latent.index, []) if d in rows), None)
+        explained = [d for d in candidates.get(latent.index, []) if d in rows]
+        donor = next((d for d in explained if rows[d]["text"] != own.text), None)
         floor = () if donor is None else (ScoringTask.of_row(rows[donor], latent, "other"),)
         tasks[latent.index] = (own, *floor)
     return tasks

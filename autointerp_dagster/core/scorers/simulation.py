@@ -216,12 +216,12 @@ def _expected(candidates: Sequence[tuple[str, float]]) -> float | None:
     found = [
         (int(integer[1]), logprob)
         for text, logprob in candidates
-        if (integer := _INTEGER.fullmatch(text)) is not None and math.isfinite(logprob)
+        if (integer := _INTEGER.fullmatch(text)) is not None and logprob != -math.inf
     ]
-    if not found:
+    if not found or not all(math.isfinite(logprob) for _, logprob in found):
         return None
-    largest = max(logprob for _, logprob in found)
-    weights = [math.exp(logprob - largest) for _, logprob in found]
+    known = [min(logprob, 0.0) for _, logprob in found]
+    weights = [math.exp(logprob - max(known)) for logprob in known]
     total = sum(weight * value for weight, (value, _) in zip(weights, found, strict=True))
     return total / sum(weights)
 

@@ -77,7 +77,8 @@ class Verdict:
     is_activating: bool
     """The right answer; in fuzzing: whether the marks are true."""
     quantile: int | None
-    """Of the window, also where its marks are false; null for a non-activating window."""
+    """Of the window, also where its marks are false; null for a non-activating window, but where it
+    was judged for one quantile (example embedding, intruder) that one."""
     negative_kind: NegativeKind | None
     """Null for an activating window, also where its marks are false."""
     prediction: bool | None
@@ -128,21 +129,26 @@ def judged_windows(
 ) -> tuple[tuple[Window, ...], tuple[Window, ...]]:
     """The activating and the non-activating windows that a judge sees, each by rank.
 
-    A window that was drawn as two kinds of negative is seen once, as the kind that stands first in
-    ``NegativeKind``: a verdict's key does not name the kind, and so ``random`` stays a random draw.
-
     Args:
         record: The latent.
         n_examples: At most so many of each class; null: all.
         split: Whose windows; ``select`` to choose between explanations.
     """
     activating = sorted(record.activating(split), key=lambda w: (w.rank, w.window_id))
+    return tuple(activating[:n_examples]), silent_windows(record, split)[:n_examples]
+
+
+def silent_windows(record: LatentRecord, split: Split) -> tuple[Window, ...]:
+    """The non-activating windows of a split, each once, by rank.
+
+    A window that was drawn as two kinds of negative is seen once, as the kind that stands first in
+    ``NegativeKind``: a verdict's key does not name the kind, and so ``random`` stays a random draw.
+    """
     kinds = get_args(NegativeKind)
-    silent = {}
+    silent: dict[int, Window] = {}
     for window in sorted(record.non_activating(split), key=lambda w: kinds.index(w.negative_kind)):
         silent.setdefault(window.window_id, window)
-    silent = sorted(silent.values(), key=lambda w: (w.rank, w.window_id))
-    return tuple(activating[:n_examples]), tuple(silent[:n_examples])
+    return tuple(sorted(silent.values(), key=lambda w: (w.rank, w.window_id)))
 
 
 def layer_of(latent: LatentId) -> LayerKey:

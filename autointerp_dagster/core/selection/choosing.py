@@ -35,7 +35,7 @@ from autointerp_dagster.core.selection.trials import Trial
 from autointerp_dagster.core.tokens import Detokenizer
 from autointerp_dagster.core.types import LatentId
 
-VERSION = f"1.{default.VERSION}.{judging.VERSION}.{MISTAKES_VERSION}"
+VERSION = f"2.{default.VERSION}.{judging.VERSION}.{MISTAKES_VERSION}"
 """Of this package, the explainer's prompts and the scorers."""
 
 _CHUNK = 256
@@ -67,8 +67,8 @@ def choose(
     * A candidate that failed is a failed row, selected only if all failed.
     * Where the judge's answers give no candidate a score (none can be read, no ``select`` windows
       of a class), the first that has a text is selected.
-    * Where the judge could not be asked (budget, deadline), the candidate is a failed row with that
-      reason, so that the cell is not taken as done.
+    * Where the judge was not asked about all (budget, deadline) or a call failed, the candidate is
+      a failed row with that reason, so that the cell is not taken as done.
     * A latent that cannot be explained has one skipped row.
     * ``refine`` stops early where nothing was wrong, and begins again where nothing was said yet.
 
@@ -165,10 +165,11 @@ class _Choosing(NamedTuple):
         return self.explainer.request(trial.record, self.detokenizer, block)
 
     def _sample(self, request: Request, trial: Trial, sample: int) -> Request:
-        """One of several answers to a question; at temperature 0 there is nothing to draw."""
+        """One of several answers to a question; at temperature 0 there is one, paid once."""
+        if request.temperature == 0:
+            return request
         key = draw_key(trial.record.latent, self.config.seed, f"explanation-{sample}")
-        seed = key % _SEEDS if request.temperature > 0 else None
-        return replace(request, sample=sample, seed=seed)
+        return replace(request, sample=sample, seed=key % _SEEDS)
 
 
 def _goes_on(trial: Trial) -> bool:

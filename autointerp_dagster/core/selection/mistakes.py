@@ -20,10 +20,11 @@ from autointerp_dagster.core.prompts.layout import ChatPrompt
 from autointerp_dagster.core.prompts.refine import REFINE_VERSION, refine_prompt
 from autointerp_dagster.core.rng import hash_priority
 from autointerp_dagster.core.scorers.judging import draw_key
+from autointerp_dagster.core.scorers.tasks import silent_windows
 from autointerp_dagster.core.selection.trials import Trial
 from autointerp_dagster.core.tokens import Detokenizer
 
-MISTAKES_VERSION = f"1.{REFINE_VERSION}.{highlight.VERSION}"
+MISTAKES_VERSION = f"2.{REFINE_VERSION}.{highlight.VERSION}"
 """Of this module, the prompt and the way windows are shown."""
 
 
@@ -51,7 +52,7 @@ def better_question(
         return None
     key = draw_key(record.latent, config.seed, "refine-mistakes")
     missed = worst(record.activating("select"), judgement.wrong, key, config.n_mistakes)
-    alarms = worst(record.non_activating("select"), judgement.wrong, key, config.n_mistakes)
+    alarms = worst(silent_windows(record, "select"), judgement.wrong, key, config.n_mistakes)
     if not missed and not alarms:
         return None
     prompt = refine_prompt(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from autointerp_dagster.core import highlight
 from autointerp_dagster.core.explainers.explanation import Explanation
 from autointerp_dagster.core.latent_records import LatentRecord
-from autointerp_dagster.core.schemas import UNASKED, VerdictReason
+from autointerp_dagster.core.schemas import UNASKED, UNDONE, VerdictReason
 from autointerp_dagster.core.scorers.tasks import Verdict
 
 
@@ -19,8 +19,8 @@ class Judgement(NamedTuple):
     """Mean of the scorers' balanced accuracies, in [0, 1]; null unless every scorer has one."""
     wrong: Mapping[int, int]
     """By how many scorers a window was judged wrongly, by ``window_id``; others are absent."""
-    unasked: VerdictReason | None
-    """Why some question was never sent, one of ``UNASKED``; null if all were."""
+    undone: VerdictReason | None
+    """Why some question has no answer yet, one of ``UNDONE``; null if all have what they will."""
 
     @classmethod
     def of(cls, verdicts_by_scorer: Iterable[list[Verdict]]) -> "Judgement":
@@ -33,7 +33,7 @@ class Judgement(NamedTuple):
         return cls(
             score=sum(known) / len(known) if known and len(known) == len(scores) else None,
             wrong=wrong,
-            unasked=next((v.reason for v in every if v.reason in UNASKED), None),
+            undone=next((v.reason for v in every if v.reason in UNDONE), None),
         )
 
 
@@ -63,8 +63,9 @@ class Trial:
         return [text for shown, text in texts.items() if shown not in self.judgements]
 
     def is_cut_short(self) -> bool:
-        """Whether the run ended (budget, deadline) before all of its questions were asked."""
-        return any(candidate.reason in UNASKED for candidate in self._settled())
+        """Whether the run ended (budget, deadline) before all was asked, or the judge failed."""
+        is_judged = all(judgement.undone is None for judgement in self.judgements.values())
+        return not is_judged or any(row.reason in UNASKED for row in self.candidates)
 
     def best(self) -> Explanation | None:
         """The candidate that stands for the explainer; null if none has a text.
@@ -78,8 +79,9 @@ class Trial:
     def rows(self) -> list[Explanation]:
         """All candidates, exactly one selected: the best, or the first if all failed.
 
-        A candidate whose judge could not be asked (budget, deadline) is a failed row: the choice is
-        made again by the next run, which finds in the journal what was answered.
+        A candidate whose judge was not asked about every window (budget, deadline, a failed call)
+        is a failed row: the choice is made again by the next run, which finds in the journal what
+        was answered.
         """
         settled = self._settled()
         best = self.best()
@@ -94,7 +96,7 @@ class Trial:
 
     def _settle(self, candidate: Explanation) -> Explanation:
         match self.judgement(candidate):
-            case Judgement(unasked="budget" | "deadline" | "not_recorded" as reason):
+            case Judgement(undone="budget" | "deadline" | "not_recorded" | "call_failed" as reason):
                 return replace(candidate, text=None, status="failed", reason=reason)
             case _:
                 return candidate

@@ -94,8 +94,8 @@ def test_every_kind_of_request_is_kept_as_it_was_asked(tmp_path: Path) -> None:
     assert len(batch) == len(REQUESTS)
     for request in REQUESTS:
         call_id = request.call_id("me")
-        assert batch.question(call_id) == Question(call_id, request)
-    assert batch.question("0" * 32) is None
+        assert batch.questions(call_id) == [Question(call_id, request)]
+    assert batch.questions("0" * 32) == []
 
 
 def test_chats_and_plain_texts_go_to_their_own_endpoints(tmp_path: Path) -> None:
@@ -198,22 +198,27 @@ def test_what_an_earlier_batch_asked_is_known_until_it_came_back_without_an_answ
 ) -> None:
     requests, store = [ask(i) for i in range(600)], UPath(tmp_path / "store")
     ids = [request.call_id("me") for request in requests]
+    asked = [Question(*pair) for pair in zip(ids, requests, strict=True)]
     assert any(call_id.endswith("00") for call_id in ids)
     first, second = export(tmp_path, requests, max_requests=400).files
     outstanding = Outstanding(store)
-    assert outstanding.batch_of(ids[399]) == f"{first.batch} ({first.path})"
+    assert outstanding.batch_of(asked[399]) == f"{first.batch} ({first.path})"
     named = {second.batch: 200, first.batch: 400}
-    found = [str(outstanding.batch_of(call_id)).split()[0] for call_id in ids]
+    found = [str(outstanding.batch_of(question)).split()[0] for question in asked]
     assert {batch: found.count(batch) for batch in set(found)} == named
-    assert outstanding.batch_of("f" * 32) is None
+    assert outstanding.batch_of(Question("f" * 32, requests[0])) is None
+    elsewhere = replace(requests[0], block=replace(BLOCK, block=BLOCK.block + 1))
+    assert outstanding.batch_of(Question(ids[0], elsewhere)) is None
     note_failed(store, first.batch, ids[:3])
     note_failed(store, first.batch, ids[2:4])
     again = Outstanding(store)
-    assert [again.batch_of(call_id) is None for call_id in ids[:6]] == [True] * 4 + [False] * 2
+    is_free = [again.batch_of(question) is None for question in asked[:6]]
+    assert is_free == [True] * 4 + [False] * 2
 
 
 def test_a_store_without_batches_waits_for_nothing(tmp_path: Path) -> None:
-    assert Outstanding(UPath(tmp_path / "store")).batch_of("0" * 32) is None
+    question = Question("0" * 32, ask(0))
+    assert Outstanding(UPath(tmp_path / "store")).batch_of(question) is None
 
 
 def test_an_import_tells_what_failed_from_what_is_not_there_yet(tmp_path: Path) -> None:
@@ -222,7 +227,24 @@ def test_an_import_tells_what_failed_from_what_is_not_there_yet(tmp_path: Path) 
     ids = [request.call_id("me") for request in requests]
     take(tmp_path, answered(f"{file.batch}-{ids[0]}", status=500))
     outstanding = Outstanding(UPath(tmp_path / "store"))
-    assert [outstanding.batch_of(call_id) is None for call_id in ids] == [True, False, False]
+    asked = [Question(*pair) for pair in zip(ids, requests, strict=True)]
+    assert [outstanding.batch_of(question) is None for question in asked] == [True, False, False]
+
+
+def test_one_answer_goes_into_every_block_that_asked(tmp_path: Path) -> None:
+    """The same window in two layers: one line, one payment, an answer in both blocks."""
+    here, there = ask(0), replace(ask(0), block=replace(BLOCK, coder_hash="other"))
+    call_id = here.call_id("me")
+    (file,) = export(tmp_path, [here, there, ask(1)]).files
+    assert len(lines_of(file.path)) == file.n_requests == 2
+    outstanding = Outstanding(UPath(tmp_path / "store"))
+    assert None not in [outstanding.batch_of(Question(call_id, q)) for q in (here, there)]
+    imported = take(tmp_path, answered(f"{file.batch}-{call_id}", "[EXPLANATION]: words"))
+    assert (imported.n_recorded, imported.usage.prompt_tokens) == (1, 100)
+    with open_journal(UPath(tmp_path / "store")) as journal:
+        assert all(journal.lookup(q.block, call_id) is not None for q in (here, there))
+    again = take(tmp_path, answered(f"{file.batch}-{call_id}", "[EXPLANATION]: words"))
+    assert (again.n_recorded, again.n_known) == (0, 1)
 
 
 def test_an_import_keeps_few_batches_in_memory(tmp_path: Path) -> None:

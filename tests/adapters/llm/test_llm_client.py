@@ -17,15 +17,23 @@ import pytest
 from llm_requests import BLOCK, FAST, ask, count_of, questions, remote
 from upath import UPath
 
-from autointerp_dagster.adapters.llm.backend import CallError, Reply
+from autointerp_dagster.adapters.llm.backend import FULL_LINE, CallError, Reply
 from autointerp_dagster.adapters.llm.client import Backoff, JournaledLLM
 from autointerp_dagster.adapters.llm.fake.server import FakeLLMServer
 from autointerp_dagster.adapters.llm.journal.journal import Journal
 from autointerp_dagster.adapters.llm.ledger import Cost, Ledger
 from autointerp_dagster.adapters.llm.loop import LoopThread
+from autointerp_dagster.adapters.llm.questions import Question, known_call
 from autointerp_dagster.adapters.llm.remote.backend import OpenAIBackend
 from autointerp_dagster.core.errors import LLMError, StoreError
-from autointerp_dagster.core.llm import Completion, FreeText, JournalBlock, Request, Usage
+from autointerp_dagster.core.llm import (
+    Completion,
+    Continuation,
+    FreeText,
+    JournalBlock,
+    Request,
+    Usage,
+)
 from autointerp_dagster.study import BudgetConfig
 
 
@@ -146,6 +154,35 @@ def test_after_three_repeats_an_answer_is_unparsable_and_not_an_explanation(jour
         assert len(server.requests) == 4
         # A repeat quotes one fault, however many there were.
         assert [len(body["messages"]) for body in server.requests] == [2, 4, 4, 4]
+
+
+def test_a_description_that_was_cut_off_is_asked_for_again_but_a_full_line_is_not():
+    request = replace(ask("question 0"), answer=FreeText())
+    cut = Question(request, "model")
+    cut.settle(known_call(Reply("[EXPLANATION]: words for ra", "length")))
+    assert cut.completion is None
+    assert "cut off before its end; be shorter" in cut.asked.messages[-1].content
+    cut.settle(known_call(Reply("[EXPLANATION]: rain", "stop")))
+    assert cut.completion is not None
+    assert (cut.completion.text, cut.completion.n_calls) == ("[EXPLANATION]: rain", 2)
+    for answer, reply in (
+        (FreeText(), Reply("[EXPLANATION]: words for ra", FULL_LINE)),
+        (Continuation(), Reply("words for ra", "length")),
+        (request.answer, Reply("[EXPLANATION]: rain", "stop")),
+    ):
+        taken = Question(replace(request, answer=answer), "model")
+        taken.settle(known_call(reply))
+        assert taken.completion is not None
+        assert taken.completion.reason is None
+
+
+def test_a_description_that_is_always_cut_off_is_unparsable():
+    question = Question(replace(ask("question 0"), answer=FreeText()), "model")
+    for _ in range(4):
+        assert question.completion is None
+        question.settle(known_call(Reply("[EXPLANATION]: words for ra", "length")))
+    assert question.completion is not None
+    assert question.completion.reason == "unparsable"
 
 
 def test_a_second_run_pays_nothing_and_gets_the_same(journal, tmp_path):

@@ -23,7 +23,7 @@ from autointerp_dagster.adapters.llm.journal.journal import Journal
 from autointerp_dagster.adapters.llm.remote.errors import RefusedError, declined
 from autointerp_dagster.adapters.llm.remote.reply import reply_of
 from autointerp_dagster.core.errors import LLMError
-from autointerp_dagster.core.llm import Usage
+from autointerp_dagster.core.llm import JournalBlock, Usage
 
 MAX_UNSAVED = 4096
 """Answers on their way to the disk at once."""
@@ -76,6 +76,14 @@ class Imported:
             self.faults.append(Fault(line, reason[:_LONGEST_REASON]))
 
 
+_Place = tuple[str, JournalBlock]
+"""A call, and where its answer is kept."""
+
+
+def _place(question: Question) -> _Place:
+    return question.call_id, question.request.block
+
+
 class _UnusableError(Exception):
     """A line without an answer; says why."""
 
@@ -111,8 +119,8 @@ class _Importer:
         self._opened = opened
         self._batches: OrderedDict[str, Batch | None] = OrderedDict()
         self._journals: dict[UPath, Journal] = {}
-        self._unsaved: deque[tuple[str, Future[None]]] = deque()
-        self._unsaved_ids: set[str] = set()  # a file may hold an answer twice
+        self._unsaved: deque[tuple[_Place, Future[None]]] = deque()
+        self._unsaved_ids: set[_Place] = set()  # a file may hold an answer twice
         self._failed: dict[tuple[UPath, str], set[str]] = {}
 
     def take(self, number: int, line: bytes) -> None:
@@ -130,50 +138,58 @@ class _Importer:
             shown = repr(custom_id) if isinstance(custom_id, str) else "no custom_id"
             self._imported.note(number, f"asked by no store here: {shown}")
             return
-        batch, question = found
+        batch, questions = found
         try:
-            reply = _reply(content, question, batch)
+            reply = _reply(content, questions[0], batch)
         except (_UnusableError, RecursionError) as error:  # an error may be nested deeply, too
             self._imported.n_failed += 1
             self._imported.note(number, str(error))
-            self._failed.setdefault((batch.root, batch.name), set()).add(question.call_id)
+            self._failed.setdefault((batch.root, batch.name), set()).add(questions[0].call_id)
             return
-        self._record(batch, question, reply)
+        self._record(batch, questions, reply)
 
     def wait(self, n_left: int) -> None:
         """Return once at most ``n_left`` answers are not yet durable."""
         while len(self._unsaved) > n_left:
-            call_id, saved = self._unsaved.popleft()
+            place, saved = self._unsaved.popleft()
             saved.result()
-            self._unsaved_ids.discard(call_id)
+            self._unsaved_ids.discard(place)
 
     def note_failed(self) -> None:
         """Let the next export ask again what came back without an answer."""
         for (root, batch), call_ids in self._failed.items():
             note_failed(root, batch, call_ids)
 
-    def _record(self, batch: Batch, question: Question, reply: Reply) -> None:
-        journal, block = self._journal(batch.root), question.request.block
-        call_id = question.call_id
-        if call_id in self._unsaved_ids or journal.lookup(block, call_id) is not None:
+    def _record(self, batch: Batch, questions: list[Question], reply: Reply) -> None:
+        """The answer goes into every block that asked; it counts, and was paid, once."""
+        journal = self._journal(batch.root)
+        fresh = [question for question in questions if self._is_new(journal, question)]
+        if not fresh:
             self._imported.n_known += 1
             return
-        entry = Entry.of(call_id, batch.identity, question.request, reply)
-        self._unsaved.append((call_id, journal.record(block, entry)))
-        self._unsaved_ids.add(call_id)
+        for question in fresh:
+            entry = Entry.of(question.call_id, batch.identity, question.request, reply)
+            place = _place(question)
+            self._unsaved.append((place, journal.record(question.request.block, entry)))
+            self._unsaved_ids.add(place)
         self._imported.n_recorded += 1
         self._imported.usage += reply.usage
         self._imported.studies.add(batch.study)
         self.wait(MAX_UNSAVED)
 
-    def _question(self, custom_id: object) -> tuple[Batch, Question] | None:
+    def _is_new(self, journal: Journal, question: Question) -> bool:
+        if _place(question) in self._unsaved_ids:
+            return False
+        return journal.lookup(question.request.block, question.call_id) is None
+
+    def _question(self, custom_id: object) -> tuple[Batch, list[Question]] | None:
         parts = split_custom_id(custom_id) if isinstance(custom_id, str) else None
         if parts is None:
             return None
         name, call_id = parts
         batch = self._batch(name)
-        question = None if batch is None else batch.question(call_id)
-        return None if batch is None or question is None else (batch, question)
+        questions = [] if batch is None else batch.questions(call_id)
+        return (batch, questions) if batch is not None and questions else None
 
     def _batch(self, name: str) -> Batch | None:
         if name not in self._batches:

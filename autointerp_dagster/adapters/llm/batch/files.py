@@ -108,7 +108,7 @@ class BatchWriter:
                     file.drop()
 
     def add(self, question: Question, config: RemoteLLMConfig, identity: str) -> None:
-        """Write one question.
+        """Write one question, or only note the block where its file holds it for another.
 
         Args:
             question: The question.
@@ -118,10 +118,13 @@ class BatchWriter:
         Raises:
             StoreError: If a file of that name exists, or a file or the store cannot be written.
         """
+        file = self._open.get(identity)
+        if file is not None and question.call_id in file.call_ids:
+            file.note(question)
+            return
         path, body = body_of(question.request, config)
         # All ids of batches are equally long, so a line's length is known before its file is.
         line = _line("0" * 8, question.call_id, path, body)
-        file = self._open.get(identity)
         if file is not None and not self._has_room(file, len(line)):
             file.close()
             file = None
@@ -163,6 +166,8 @@ class _OpenFile:
         self._record: RecordWriter | None = RecordWriter(about)
         self._is_committing = self._is_named = False
         self.n_requests = self.n_bytes = 0
+        self.call_ids: set[str] = set()
+        """Of its lines."""
 
     @property
     def described(self) -> BatchFile:
@@ -175,12 +180,17 @@ class _OpenFile:
 
     def add(self, question: Question, line: bytes) -> None:
         assert self._lines is not None  # opened at once
-        assert self._record is not None  # still open
         with writing(self._path):
             self._lines.write(line)
-        self._record.add(question)
+        self.note(question)
+        self.call_ids.add(question.call_id)
         self.n_requests += 1
         self.n_bytes += len(line)
+
+    def note(self, question: Question) -> None:
+        """That the answer to a line is wanted in this question's block."""
+        assert self._record is not None  # still open
+        self._record.add(question)
 
     def close(self) -> None:
         """The lines and their record are on the disk, under names that nobody reads."""
@@ -190,6 +200,7 @@ class _OpenFile:
             self._lines.close()
             self._record_part.write_bytes(self._record.finish())
         self._record = None
+        self.call_ids = set()
 
     def commit(self) -> None:
         """The record first: a file with a name can be answered."""

@@ -120,7 +120,7 @@ class Batch:
     config: RemoteLLMConfig
     """As it was; its prices count."""
     _table: pa.Table = field(repr=False)
-    _row_of: dict[str, int] = field(repr=False)
+    _rows_of: dict[str, list[int]] = field(repr=False)
 
     @classmethod
     def find(cls, roots: Iterable[UPath], batch: str) -> "Batch | None":
@@ -143,16 +143,18 @@ class Batch:
             table = pq.read_table(io.BytesIO(path.read_bytes()))
             about = json.loads((table.schema.metadata or {})[_ABOUT])
             config = RemoteLLMConfig.model_validate(about["config"])
-            row_of = {call_id: row for row, call_id in enumerate(table["call_id"].to_pylist())}
-            return cls(root, name, about["study"], about["identity"], config, table, row_of)
+            rows_of: dict[str, list[int]] = {}
+            for row, call_id in enumerate(table["call_id"].to_pylist()):
+                rows_of.setdefault(call_id, []).append(row)
+            return cls(root, name, about["study"], about["identity"], config, table, rows_of)
 
     def __len__(self) -> int:
         return self._table.num_rows
 
-    def question(self, call_id: str) -> Question | None:
-        """What was asked under an id; null if nothing was."""
-        row = self._row_of.get(call_id)
-        return None if row is None else _question_of(self._table.slice(row, 1).to_pylist()[0])
+    def questions(self, call_id: str) -> list[Question]:
+        """What was asked under an id, once for each block that asked; empty if nothing was."""
+        rows = self._rows_of.get(call_id, ())
+        return [_question_of(self._table.slice(row, 1).to_pylist()[0]) for row in rows]
 
 
 class Outstanding:
@@ -181,9 +183,14 @@ class Outstanding:
         order = np.argsort(every, kind="stable")
         self._ids, self._owners = every[order], np.concatenate(owners)[order]
 
-    def batch_of(self, call_id: str) -> str | None:
-        """Name and file of the batch that asked; null if none did, or came back without."""
-        asked = np.array([bytes.fromhex(call_id)], _ID)[0]
+    def batch_of(self, question: Question) -> str | None:
+        """Name and file of the batch that asked for the same block of the journal.
+
+        Null if none did, or it came back without an answer.
+        """
+        block = question.request.block
+        place_id = _place_id(question.call_id, block.stage, block.coder_hash, block.block)
+        asked = np.array([place_id], _ID)[0]
         place = int(np.searchsorted(self._ids, asked))
         is_there = place < len(self._ids) and self._ids[place] == asked
         return self._names[int(self._owners[place])] if is_there else None
@@ -228,13 +235,22 @@ _ID = np.dtype(f"S{_ID_BYTES}")
 def _ids_of(path: UPath) -> tuple[str, np.ndarray]:
     """How people know a batch, and the ids of its questions that did not fail."""
     with path.open("rb") as file:
-        table = pq.read_table(file, columns=["call_id"])
+        table = pq.read_table(file, columns=["call_id", "stage", "coder_hash", "block"])
     about = json.loads((table.schema.metadata or {})[_ABOUT])
-    asked = _as_ids(bytes.fromhex("".join(table["call_id"].to_pylist())))
+    calls = _as_ids(bytes.fromhex("".join(table["call_id"].to_pylist())))
+    columns = [column.to_pylist() for column in table.columns]
+    asked = _as_ids(b"".join(_place_id(*row) for row in zip(*columns, strict=True)))
     for failed in path.parent.glob(f"{path.stem}.*.failed"):
-        asked = asked[~np.isin(asked, _as_ids(failed.read_bytes()))]
+        is_open = ~np.isin(calls, _as_ids(failed.read_bytes()))
+        calls, asked = calls[is_open], asked[is_open]
     file_name = about.get("file")
     return (f"{path.stem} ({file_name})" if file_name else path.stem), asked
+
+
+def _place_id(call_id: str, stage: str, coder_hash: str, block: int) -> bytes:
+    """Of a call in a block of the journal; the same call may be wanted in several."""
+    place = f"{call_id}/{stage}/{coder_hash}/{block}"
+    return hashlib.blake2b(place.encode(), digest_size=_ID_BYTES).digest()
 
 
 def _as_ids(content: bytes) -> np.ndarray:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from autointerp_dagster.adapters.llm.backend import Reply
+from autointerp_dagster.adapters.llm.backend import FULL_LINE, Reply
 from autointerp_dagster.adapters.llm.local.model import Batch, LocalModel
 from autointerp_dagster.adapters.llm.local.prompts import Prompt, label_form
 from autointerp_dagster.core.llm import FreeText, LabelList, Token, Usage
@@ -125,7 +125,7 @@ class Line:
         if "\n" in model.tokenizer.decode([token]):
             self.finish_reason = "stop"
         elif len(self.ids) >= self.prompt.request.max_tokens:
-            self.finish_reason = "length"
+            self.finish_reason = FULL_LINE
         return () if self.finish_reason is not None else (token,)
 
     def reply(self, model: LocalModel, prefix_len: int) -> Reply:
