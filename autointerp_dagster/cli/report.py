@@ -1,5 +1,6 @@
 """What a finished study found, as tables in the terminal."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from autointerp_dagster.study.parameters import parts_asked
 Headlines = dict[tuple[Any, ...], dict[str, Any]]
 """Rows of ``latent_metrics`` by (coder, hookpoint, latent, explainer, scorer, subject)."""
 
-MAX_LATENTS = 50
+MAX_LATENTS = 8
 """Of a study that are shown; a terminal holds no more that anybody reads."""
 
 _KEY = ["coder", "hookpoint", "latent", "explainer"]
@@ -38,8 +39,8 @@ def print_report(
 ) -> None:
     """Prints some latents with explanations, scores, intervals and floors, and the comparisons.
 
-    Every layer has its share of the latents shown, the first ones that were not skipped. One cell
-    at a time is in memory.
+    Every layer has its share of the latents shown: those that most scorers were asked about, the
+    first of equals. One cell at a time is in memory.
 
     Args:
         study: The study.
@@ -55,14 +56,14 @@ def print_report(
         share = -(-room // (len(cells) - n_before))
         explained, headline, n_latents = _some_latents(study, store, cells[layer], share)
         if explained.height:
-            for scorers in _fitting(study.scorers.asked, console.width):
-                title = f"{layer}: value / floor, below it the {_interval_name(study)}"
-                console.print(_layer_table(title, scorers, explained, headline))
+            for table in _layer_tables(study, layer, explained, headline, console.width):
+                console.print(table)
         n_shown = explained["latent"].n_unique()
         room, n_more = room - n_shown, n_more + n_latents - n_shown
     if n_more:
         console.print(
-            f"{n_more:,} more latents are not shown. `autointerp why STUDY LAYER LATENT` shows one."
+            f"{n_more:,} more latents are not shown; the tables in the store have all, and "
+            "`autointerp why STUDY LAYER LATENT` shows one."
         )
     for layer in study.layer_keys:
         medians = _medians(study, store, layer)
@@ -79,31 +80,42 @@ def print_report(
     console.print("In the browser: `make ui`, then http://127.0.0.1:3000")
 
 
+def _layer_tables(
+    study: Study, layer: LayerKey, explained: pl.DataFrame, headline: Headlines, width: int
+) -> Iterator[Table]:
+    """Some latents of a layer, a table for each lot of scorers."""
+    title = f"{layer}: value / floor, below it the {_interval_name(study)}"
+    for scorers in _fitting(study.scorers.asked, width):
+        yield _layer_table(title, scorers, explained, headline)
+    free = [name for name in study.scorers.asked if not FAMILIES[name].needs_explanation]
+    if free:
+        title = f"{layer}: without an explanation, {_interval_name(study)}"
+        yield _free_table(title, free, headline)
+
+
 def _some_latents(
     study: Study, store: Store, cells: Sequence[Cell], room: int
 ) -> tuple[pl.DataFrame, Headlines, int]:
-    """The explanations and scores of a layer's first latents, and how many latents it has.
+    """The explanations and scores of a layer's most scored latents, and how many it has.
 
     Skipped latents are left out.
     """
-    frames, headlines, n_latents = [EXPLANATIONS.empty()], Headlines(), 0
+    explained, headlines, n_latents = EXPLANATIONS.empty(), Headlines(), 0
     for cell in cells:
-        mine = pl.concat(
-            [
-                frame.filter(pl.col("selected") & (pl.col("status") != "skipped"))
-                for frame in _tables(study, store, cell, "explanations", EXPLANATIONS.name)
-            ]
-            or [EXPLANATIONS.empty()]
-        )
-        latents = mine["latent"].unique().sort()
-        n_latents += len(latents)
-        shown = latents.head(room).to_list()
-        if len(shown):
-            room -= len(shown)
-            frames.append(mine.filter(pl.col("latent").is_in(shown)))
-            for frame in _tables(study, store, cell, "latent_metrics", LATENT_METRICS.name):
-                headlines |= _headlines(study, frame.filter(pl.col("latent").is_in(shown)))
-    return pl.concat(frames), headlines, n_latents
+        mine = [
+            frame.filter(pl.col("selected") & (pl.col("status") != "skipped"))
+            for frame in _tables(study, store, cell, "explanations", EXPLANATIONS.name)
+        ]
+        explained = pl.concat([explained, *mine])
+        n_latents += pl.concat([EXPLANATIONS.empty(), *mine])["latent"].n_unique()
+        for frame in _tables(study, store, cell, "latent_metrics", LATENT_METRICS.name):
+            headlines |= _headlines(study, frame)
+        n_values = Counter(key[2] for key, row in headlines.items() if row["value"] is not None)
+        latents = explained["latent"].unique().to_list()
+        shown = sorted(latents, key=lambda latent: (-n_values[latent], latent))[:room]
+        explained = explained.filter(pl.col("latent").is_in(shown))
+        headlines = {key: row for key, row in headlines.items() if key[2] in shown}
+    return explained, headlines, n_latents
 
 
 def _tables(
@@ -116,7 +128,8 @@ def _tables(
 
 
 def _fitting(scorers: Sequence[str], width: int) -> Iterator[Sequence[str]]:
-    """The scorers in lots that fit side by side into a terminal."""
+    """The scorers of explanations in lots that fit side by side into a terminal."""
+    scorers = [name for name in scorers if FAMILIES[name].needs_explanation]
     n = max(2, (width - _TEXT_WIDTH) // _SCORE_WIDTH)
     for start in range(0, max(len(scorers), 1), n):
         yield scorers[start : start + n]
@@ -132,13 +145,28 @@ def _layer_table(
     last = None
     for row in explained.sort(_KEY).iter_rows(named=True):
         key = tuple(row[name] for name in _KEY)
+        scores = [_score(headline, key, scorer) for scorer in scorers]
+        if scorers and not any(scores):
+            continue  # none of these was asked about it
         if last not in (None, row["latent"]):
             table.add_section()
         last = row["latent"]
         text = Text.assemble((f"{row['latent']} ", "bold"), (f"{row['explainer']}\n", "dim"))
         text.append(printable(row["text"] or f"({row['status']}: {row['reason']})"))
-        scores = [_score(headline, key, scorer) for scorer in scorers]
         table.add_row(text, *scores)
+    return table
+
+
+def _free_table(title: str, scorers: Sequence[str], headline: Headlines) -> Table:
+    """Of the scorers that need no explanation: one row per latent."""
+    table = Table(title=title)
+    table.add_column("latent")
+    for scorer in scorers:
+        table.add_column(f"{scorer}\n{_metric(scorer)}", no_wrap=True)
+    for latent in sorted({key[:3] for key in headline}):
+        scores = [_score(headline, (*latent, None), scorer) for scorer in scorers]
+        if any(scores):
+            table.add_row(f"[bold]{latent[2]}[/]", *(score.replace("\n", " ") for score in scores))
     return table
 
 
@@ -167,8 +195,6 @@ def _headlines(study: Study, metrics: pl.DataFrame) -> Headlines:
 
 
 def _score(headline: Headlines, key: tuple[object, ...], scorer: str) -> str:
-    if not FAMILIES[scorer].needs_explanation:
-        key = (*key[:-1], None)
     own, floor = headline.get((*key, scorer, "own")), headline.get((*key, scorer, "other"))
     if own is None or own["value"] is None:
         return "" if own is None else str(own["status"])
@@ -211,18 +237,17 @@ def _medians_table(layer: LayerKey, study: Study, medians: pl.DataFrame) -> Tabl
     subjects = medians["subject"]
     floors = ("other", "random") if (subjects == "random").any() else ("other",)
     table = Table(title=f"{layer}: median over latents")
-    for name in ("scorer", "explainer", "metric", "chance", "median", _interval_name(study)):
-        table.add_column(name, no_wrap=name != "explainer")
-    for name in (*(f"floor\n{floor}" for floor in floors), "latents"):
+    table.add_column("scorer, metric\nexplainer", no_wrap=True)
+    for name in ("chance", "median", _interval_name(study)):
+        table.add_column(name, no_wrap=True)
+    for name in (*(f"floor:\n{floor}" for floor in floors), "latents"):
         table.add_column(name, no_wrap=True)
     rows = {(r["scorer"], r["explainer"], r["subject"]): r for r in medians.iter_rows(named=True)}
     own = sorted((key[:2] for key in rows if key[2] == "own"), key=lambda key: str(key[1]))
     for scorer, explainer in sorted(own, key=lambda key: scorers.index(key[0])):
         row = rows[(scorer, explainer, "own")]
         table.add_row(
-            scorer,
-            explainer or "(none)",
-            _metric(scorer),
+            f"[bold]{scorer}[/] {_metric(scorer)}\n  [dim]{explainer or 'no explanation'}[/]",
             _chance(scorer),
             _median(row) or str(row["status"]),
             "" if row["lo"] is None else f"{row['lo']:.2f} to {row['hi']:.2f}",
@@ -242,7 +267,9 @@ def _median(row: dict[str, Any] | None) -> str:
 
 
 def _floors_table(comparisons: pl.DataFrame, interval_name: str) -> Table:
-    table = Table("scorer", "explainer", "own minus other", interval_name, "p", "latents")
+    table = Table()
+    for name in ("scorer", "explainer", "own -\nother", interval_name, "p", "latents"):
+        table.add_column(name, no_wrap=True)
     table.title = "Is a latent's own explanation better than another's? (paired over latents)"
     for row in _own_against_other(comparisons).iter_rows(named=True):
         interval = "" if row["lo"] is None else f"{row['lo']:+.3f} to {row['hi']:+.3f}"

@@ -392,9 +392,9 @@ def planted(subject: SubjectModel, token: int, latent: int = 5) -> TopKCoder:
 
 
 def promote(
-    subject: SubjectModel, token: int, hookpoint: str, texts: list[np.ndarray], kl: float
+    subject: SubjectModel, coder: SparseCoder, hookpoint: str, texts: list[np.ndarray], kl: float
 ) -> Outcome:
-    """The whole experiment on a latent that writes one token, with a prompt from each text."""
+    """The whole experiment on latent 5 of a coder, with a prompt from each text."""
     layer = LayerKey("sae", hookpoint)
     config = InterventionsConfig(kl=(kl,), n_prompts=24, n_for_explainer=6, n_tokens=6)
     rows = [(5, i, 9 + i % 5, 1.0) for i in range(len(texts))]
@@ -403,7 +403,6 @@ def promote(
     cache = ACTIVATIONS.conform(pl.DataFrame(rows, schema=names, orient="row"))
     prompts = prompts_of(cache, layer, np.array([5]), config, splits)
     tokens = [texts[c][: p + 1] for c, p in prompts.select("context", "position").iter_rows()]
-    coder = planted(subject, token)
     latents = prompts["latent"].to_list()
     model = SteeredModel(subject, coder, hookpoint, tokens, latents, config.prompt_len)
     writer = Writer(subject.detokenizer, text_ends(subject))
@@ -432,7 +431,7 @@ def test_a_direction_that_promotes_one_token_is_seen_to(subject: SubjectModel) -
     text = subject.detokenizer.pieces(np.array([5, token]))[-1]
     rng = np.random.default_rng(3)
     texts = [np.append(0, rng.integers(1, 250, 15)).astype(np.int32) for _ in range(24)]
-    assert_promoted(promote(subject, token, "layers.2", texts, 0.5), text, 0.5)
+    assert_promoted(promote(subject, planted(subject, token), "layers.2", texts, 0.5), text, 0.5)
 
 
 # -- on the embedded model --------------------------------------------------------------------
@@ -479,7 +478,8 @@ def test_a_direction_that_promotes_one_token_is_seen_to_on_the_embedded_model(
     smollm2: SubjectModel, english: list[np.ndarray]
 ) -> None:
     (token,) = smollm2.encode([" music"])[0]
-    assert_promoted(promote(smollm2, token, "layers.29", english, 3.0), " music", 3.0)
+    coder = planted(smollm2, token)
+    assert_promoted(promote(smollm2, coder, "layers.29", english, 3.0), " music", 3.0)
 
 
 @pytest.mark.gpu

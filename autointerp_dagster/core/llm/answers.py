@@ -269,11 +269,14 @@ class PromptScores:
 
     start: int
     """Characters of the prompt whose tokens are not wanted; > 0, for the first has no given."""
+    candidates: tuple[str, ...] = ()
+    """Texts whose log-probabilities are wanted at each place, in ``Token.top``. A model in this
+    process gives exactly these, where they are one token each; a server its most probable ones."""
 
     @property
     def identity(self) -> list[str | int]:
         """What of the format is in every ``call_id``; a change makes paid answers strangers."""
-        return ["scores", self.start]
+        return ["scores", self.start, *self.candidates]
 
     def fault(self, text: str) -> str | None:
         """Never anything."""

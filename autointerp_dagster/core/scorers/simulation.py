@@ -48,9 +48,11 @@ from autointerp_dagster.core.scorers.tasks import ScoringTask, Verdict, judged_w
 from autointerp_dagster.core.tokens import Detokenizer
 from autointerp_dagster.core.types import LatentId
 
-VERSION = f"1.{SIMULATION_VERSION}.{highlight.VERSION}"
+VERSION = f"2.{SIMULATION_VERSION}.{highlight.VERSION}"
 """Of this module, the prompts and the way windows are shown."""
 
+DIGITS = tuple(map(str, range(10)))
+"""What is compared at each place of a plain text."""
 TOP_LOGPROBS = 20
 """Candidates asked for at each token: eleven integers, and what else may stand there."""
 
@@ -157,7 +159,7 @@ def request_of(
         plain = simulation_text(explanation, tokens)
         return Request(
             messages=(),
-            answer=PromptScores(plain.start),
+            answer=PromptScores(plain.start, DIGITS),
             unit=unit,
             block=block,
             prompt=plain.text,

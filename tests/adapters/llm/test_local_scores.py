@@ -166,6 +166,26 @@ def test_at_most_four_prefixes_of_texts_are_kept(base, base_dir):
     assert len(load_model(base_dir, "float32", "cpu").blocks) == 4
 
 
+def test_named_candidates_are_told_however_improbable_they_are(base, base_dir):
+    """Of a text of several tokens nothing can be told."""
+    start, names = WORKED, ("0", "7", "ab")
+    plain = scores(start, "?\n?", top_logprobs=20)
+    named = replace(plain, answer=PromptScores(plain.answer.start, names))
+    usual, reply = base.run_unit([plain, named])
+    tokenizer = load_model(base_dir, "float32", "cpu").tokenizer
+    ids = [4, *tokenizer(plain.prompt, add_special_tokens=False)["input_ids"]]
+    after = plain_logprobs(base_dir, ids)
+    for place, token in enumerate(reply.tokens, start=len(ids) - len(reply.tokens)):
+        expected = {
+            name: float(after[place - 1, tokenizer.convert_tokens_to_ids(name)])
+            for name in ("0", "7")
+        }
+        assert dict(token.top) == pytest.approx(expected, abs=NATS)
+        assert list(token.top) == sorted(token.top, key=lambda pair: -pair[1])
+    assert logprobs(reply) == pytest.approx(logprobs(usual), abs=NATS)
+    assert [len(token.top) for token in usual.tokens] == [20] * len(usual.tokens)
+
+
 def test_the_candidates_at_a_place_are_the_most_probable_tokens(base, base_dir):
     given_text = WORKED + "ab"
     requests = [

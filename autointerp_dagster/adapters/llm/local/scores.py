@@ -15,9 +15,9 @@ from transformers.cache_utils import DynamicCache
 from autointerp_dagster.adapters.llm.backend import Reply
 from autointerp_dagster.adapters.llm.local.decoding import Draw
 from autointerp_dagster.adapters.llm.local.model import Batch, LocalModel
-from autointerp_dagster.adapters.llm.local.prompts import Prompt
+from autointerp_dagster.adapters.llm.local.prompts import Prompt, encoded
 from autointerp_dagster.core.errors import ModelError
-from autointerp_dagster.core.llm import Choice, Token, Usage
+from autointerp_dagster.core.llm import Choice, PromptScores, Token, Usage
 
 HEAD_ROWS = 256
 """Places whose logits over the whole vocabulary are in memory together."""
@@ -34,6 +34,8 @@ class Places(NamedTuple):
     """Of any token that ends the turn."""
     tops: list[Top]
     """The most probable tokens, best first."""
+    named: list[list[float]]
+    """Of the tokens asked about by name, in their order."""
 
 
 def score_prompts(model: LocalModel, kept: DynamicCache, prompts: Sequence[Prompt]) -> list[Reply]:
@@ -57,17 +59,17 @@ def score_prompts(model: LocalModel, kept: DynamicCache, prompts: Sequence[Promp
         for row, (step, n) in enumerate(zip(steps, counts, strict=True))
     ]
     targets = [token for p, n in zip(prompts, counts, strict=True) for token in p.ids[-n:]]
-    n_top = max(prompt.request.top_logprobs for prompt in prompts)
-    found = score_places(model, torch.cat(wanted), torch.tensor(targets), n_top)
+    n_top = max((p.request.top_logprobs for p in prompts if not _named_by(p)), default=0)
+    named = _candidates(model, prompts)
+    places = torch.cat(wanted)
+    found = score_places(model, places, torch.tensor(targets), n_top, tuple(named.values()))
     return [
         Reply(
             text="",
             finish_reason="stop",
             tokens=tuple(
-                Token(piece, logprob, top[: prompt.request.top_logprobs])
-                for piece, logprob, top in zip(
-                    prompt.pieces, found.logprobs[start:stop], found.tops[start:stop], strict=True
-                )
+                Token(piece, found.logprobs[place], _top_at(prompt, found, place, list(named)))
+                for piece, place in zip(prompt.pieces, range(start, stop), strict=True)
             ),
             usage=Usage(len(prompt.ids), prefix_len, 0),
         )
@@ -75,6 +77,29 @@ def score_prompts(model: LocalModel, kept: DynamicCache, prompts: Sequence[Promp
             prompts, pairwise(accumulate(counts, initial=0)), strict=True
         )
     ]
+
+
+def _candidates(model: LocalModel, prompts: Sequence[Prompt]) -> dict[str, int]:
+    """The token of each text that some prompt names; one of several tokens is left out."""
+    names = {name for prompt in prompts for name in _named_by(prompt)}
+    before = encoded(model.tokenizer, "\n")
+    ids = {name: encoded(model.tokenizer, f"\n{name}") for name in sorted(names)}
+    n = len(before)
+    return {name: i[-1] for name, i in ids.items() if i[:n] == before and len(i) == n + 1}
+
+
+def _named_by(prompt: Prompt) -> tuple[str, ...]:
+    answer = prompt.request.answer
+    return answer.candidates if isinstance(answer, PromptScores) else ()
+
+
+def _top_at(prompt: Prompt, found: Places, place: int, names: Sequence[str]) -> Top:
+    """What is told of one place: the candidates that the prompt names, else the most probable."""
+    wanted = _named_by(prompt)
+    if not wanted:
+        return found.tops[place][: prompt.request.top_logprobs]
+    pairs = zip(names, found.named[place], strict=True)
+    return tuple(sorted((p for p in pairs if p[0] in wanted), key=lambda p: (-p[1], p[0])))
 
 
 def choose(model: LocalModel, kept: DynamicCache, prompts: Sequence[Prompt]) -> list[Reply]:
@@ -116,6 +141,7 @@ def score_places(
     hidden: Float[Tensor, "place d_in"],
     targets: Int[Tensor, " place"],
     n_top: int = 0,
+    named: Sequence[int] = (),
 ) -> Places:
     """What the model says at each place.
 
@@ -124,14 +150,16 @@ def score_places(
         hidden: The last layer's output before each place.
         targets: The token at each place.
         n_top: Most probable tokens to tell of each place.
+        named: Tokens to tell of at each place, however improbable.
     """
     ends = torch.tensor(sorted(model.stop_ids), dtype=torch.long, device=model.device)
-    found = Places([], [], [])
+    found = Places([], [], [], [])
     for states, tokens in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
         logprobs = torch.log_softmax(model.fine_head(states), dim=-1)
         found.logprobs.extend(logprobs.gather(1, tokens.to(model.device)[:, None])[:, 0].tolist())
         found.ends.extend(logprobs[:, ends].logsumexp(dim=-1).tolist())
         found.tops.extend(top_of(model, row, n_top) for row in logprobs)
+        found.named.extend(logprobs[:, list(named)].tolist())
     return found
 
 
