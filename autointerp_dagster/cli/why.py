@@ -89,13 +89,15 @@ class Walk:
         mine = every.filter((pl.col("latent") == latent) & pl.col("selected"))
         if mine.is_empty():
             return "not scored: the study did not select this latent to be explained"
+        reasons = ", ".join(
+            f"{row['explainer']} {row['reason'] or 'ok'}" for row in mine.to_dicts()
+        )
         if (mine["status"] == "ok").any():
             return (
-                "not scored: explained, but not among the latents and explainers that this scorer "
-                "is asked about, or without windows for it"
+                f"not scored: explained ({reasons}), but this scorer was asked about other latents "
+                "or explainers, or found no windows"
             )
-        reasons = [f"{r['explainer']}: {r['status']} ({r['reason']})" for r in mine.to_dicts()]
-        return f"not scored: no explanation. {', '.join(reasons)}"
+        return f"not scored: no explanation ({reasons})"
 
     def dataset(self) -> TokenDataset:
         """The tokens that the windows were cut from."""
@@ -164,7 +166,9 @@ def _verdict_line(verdict: dict[str, object], dataset: TokenDataset) -> str:
     window = int(str(verdict["window_id"]))
     context, start = window >> 16, window & 0xFFFF
     document = document_of(dataset, context)
-    said: object = f"judge said {verdict['prediction']}"
+    said = f"judge said {verdict['prediction']}"
+    if verdict["explainer"] is None and verdict["prediction"] is not None:
+        said = "intruder found" if verdict["prediction"] else "intruder not found"
     if verdict["score"] is not None:
         said = f"score {verdict['score']:.3g}"
     elif verdict["predicted"] is not None:
