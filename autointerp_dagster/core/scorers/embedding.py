@@ -16,7 +16,6 @@ from jaxtyping import Float32
 from autointerp_dagster.core.config import EmbeddingConfig
 from autointerp_dagster.core.highlight import EXPLANATION_CAP
 from autointerp_dagster.core.latent_records import LatentRecord, Window
-from autointerp_dagster.core.schemas import MAIN_VARIANT
 from autointerp_dagster.core.scorers.planning import Job
 from autointerp_dagster.core.scorers.tasks import (
     ScoringTask,
@@ -110,20 +109,5 @@ def verdicts_of(
 
 
 def _verdict(task: ScoringTask, window: Window, cosine: float | None) -> Verdict:
-    return Verdict(
-        latent=task.latent,
-        explainer=task.explainer,
-        subject=task.subject,
-        variant=MAIN_VARIANT,
-        window_id=window.window_id,
-        explanation_of=task.explanation_of,
-        is_activating=window.is_activating,
-        quantile=window.quantile,
-        negative_kind=window.negative_kind,
-        prediction=None,
-        probability=None,
-        score=cosine,
-        status="ok" if cosine is not None else "failed",
-        reason=None if cosine is not None else "no_vector",
-        call_id=None,
-    )
+    reason = "no_vector" if cosine is None else None
+    return Verdict.of_window(task, window, reason=reason, score=cosine)

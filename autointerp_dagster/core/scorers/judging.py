@@ -168,22 +168,16 @@ def _verdict(
     call_id: str,
 ) -> Verdict:
     probability = None if reading is None else reading.probability
-    return Verdict(
-        latent=task.latent,
-        explainer=task.explainer,
-        subject=task.subject,
+    return Verdict.of_window(
+        task,
+        shown.window,
         variant=prompt.variant,
-        window_id=shown.window.window_id,
-        explanation_of=task.explanation_of,
+        reason=reason,
+        call_id=call_id,
         is_activating=shown.is_activating,
-        quantile=shown.window.quantile,
-        negative_kind=shown.window.negative_kind,
         prediction=None if reading is None else reading.prediction,
         probability=probability,
         score=probability,
-        status="failed" if reading is None else "ok",
-        reason=reason,
-        call_id=call_id,
         turn=prompt.turn,
     )
 

@@ -41,7 +41,7 @@ from autointerp_dagster.core.prompts.simulation import (
     simulation_text,
 )
 from autointerp_dagster.core.rng import hash_priority
-from autointerp_dagster.core.schemas import MAIN_VARIANT, VerdictReason
+from autointerp_dagster.core.schemas import VerdictReason
 from autointerp_dagster.core.scorers.judging import draw_key, ensure_own_windows
 from autointerp_dagster.core.scorers.planning import Job
 from autointerp_dagster.core.scorers.tasks import ScoringTask, Verdict, judged_windows
@@ -247,21 +247,9 @@ def _verdict(
     reason: VerdictReason | None,
     call_id: str | None,
 ) -> Verdict:
-    window = shown.window
-    return Verdict(
-        latent=task.latent,
-        explainer=task.explainer,
-        subject=task.subject,
-        variant=MAIN_VARIANT,
-        window_id=window.window_id,
-        explanation_of=task.explanation_of,
-        is_activating=window.is_activating,
-        quantile=window.quantile,
-        negative_kind=window.negative_kind,
-        prediction=None,
-        probability=None,
-        score=None,
-        status="ok" if reason is None else "failed",
+    return Verdict.of_window(
+        task,
+        shown.window,
         reason=reason,
         call_id=call_id,
         turn=None if call_id is None else shown.turn,

@@ -229,21 +229,12 @@ def _verdicts_of(row: _Row, completion: Completion) -> Iterator[Verdict]:
 def _verdict(
     row: _Row, variant: str, score: float | None, reason: VerdictReason | None, call_id: str
 ) -> Verdict:
-    return Verdict(
-        latent=row.task.latent,
-        explainer=row.task.explainer,
-        subject=row.task.subject,
+    return Verdict.of_window(
+        row.task,
+        row.window,
         variant=variant,
-        window_id=row.window.window_id,
-        explanation_of=row.task.explanation_of,
-        is_activating=row.window.is_activating,
-        quantile=row.window.quantile,
-        negative_kind=row.window.negative_kind,
-        prediction=None,
-        probability=None,
-        score=score,
-        status="ok" if reason is None else "failed",
         reason=reason,
         call_id=call_id,
+        score=score,
         turn=row.turn,
     )

@@ -8,6 +8,7 @@ import polars as pl
 
 from autointerp_dagster.core.latent_records import LatentRecord, Window
 from autointerp_dagster.core.schemas import (
+    MAIN_VARIANT,
     VERDICTS,
     NegativeKind,
     Split,
@@ -98,6 +99,49 @@ class Verdict:
     """Simulation alone: displayed activation, 0..10, of each visible token."""
     actual: tuple[float, ...] | None = None
     """Simulation alone: what it is."""
+
+    @classmethod
+    def of_window(
+        cls,
+        task: ScoringTask,
+        window: Window,
+        *,
+        variant: str = MAIN_VARIANT,
+        reason: VerdictReason | None = None,
+        call_id: str | None = None,
+        **said: Any,
+    ) -> "Verdict":
+        """What was said of a window under the explanation that a task tests.
+
+        Args:
+            task: Latent, explainer, subject and explanation.
+            window: Shown; its class, quantile and kind are the verdict's.
+            variant: Of the scorer.
+            reason: Why nothing was said; null: something was.
+            call_id: Of the answer; null where no language model was asked.
+            said: Further fields; ``prediction``, ``probability`` and ``score`` are null by default.
+        """
+        fields: dict[str, Any] = {
+            "is_activating": window.is_activating,
+            "prediction": None,
+            "probability": None,
+            "score": None,
+            **said,
+        }
+        return cls(
+            latent=task.latent,
+            explainer=task.explainer,
+            subject=task.subject,
+            variant=variant,
+            window_id=window.window_id,
+            explanation_of=task.explanation_of,
+            quantile=window.quantile,
+            negative_kind=window.negative_kind,
+            status="ok" if reason is None else "failed",
+            reason=reason,
+            call_id=call_id,
+            **fields,
+        )
 
     def __post_init__(self) -> None:
         if (self.reason is None) != (self.status == "ok"):
