@@ -58,7 +58,7 @@ class ShownProgress:
             return _lines(items, task, self._context.log.info)
         if not sys.stdout.isatty():  # a log file or a pipe: a bar would be noise
             return _lines(items, task, _logger.info)
-        return _bar(items, task)
+        return _bar(items, task, Console())
 
 
 def on_terminal(
@@ -95,7 +95,9 @@ def _lines(items: Iterable[T], task: _Task, say: Callable[..., None]) -> Iterato
             say(message, task.description, done, task.total, task.unit, left, task.note())
 
 
-def _bar(items: Iterable[T], task: _Task, console: Console | None = None) -> Iterator[T]:
+def _bar(items: Iterable[T], task: _Task, console: Console) -> Iterator[T]:
+    # A console of our own: rich's global one decides once, when anything first asks for it,
+    # whether it may draw, and in a process that had no terminal then it never draws again.
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import dagster as dg
 import pytest
+import rich
 
 from autointerp_dagster.core.types import Progress
 from autointerp_dagster.resources import progress as progress_module
@@ -73,6 +74,8 @@ def test_a_short_loop_says_nothing(instance: dg.DagsterInstance) -> None:
 def test_a_terminal_gets_a_bar_with_counts_and_note(
     instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(rich, "_console", None)
+    assert not rich.get_console().is_interactive  # somebody asked while there was no terminal
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("TERM", "xterm")
