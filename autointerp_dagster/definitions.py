@@ -16,6 +16,7 @@ from autointerp_dagster.assets.interventions import build_interventions
 from autointerp_dagster.assets.latent_metrics import build_latent_metrics
 from autointerp_dagster.assets.latent_records import build_latent_records
 from autointerp_dagster.assets.layer_metrics import build_layer_metrics
+from autointerp_dagster.assets.neighbours import build_neighbours
 from autointerp_dagster.assets.score_detection import build_score_detection
 from autointerp_dagster.assets.score_embedding import build_score_embedding
 from autointerp_dagster.assets.score_example_embedding import build_score_example_embedding
@@ -28,6 +29,7 @@ from autointerp_dagster.assets.sparse_coders import build_sparse_coders
 from autointerp_dagster.assets.study_metrics import build_study_metrics
 from autointerp_dagster.assets.subject_model import build_subject_model
 from autointerp_dagster.assets.token_dataset import build_token_dataset_asset
+from autointerp_dagster.assets.window_embeddings import build_window_embeddings
 from autointerp_dagster.resources.coders import Coders
 from autointerp_dagster.resources.corpora import Corpora
 from autointerp_dagster.resources.embedders import Embedders
@@ -44,6 +46,8 @@ BUILDERS = {
     "sparse_coders": build_sparse_coders,
     "token_dataset": build_token_dataset_asset,
     "activation_cache": build_activation_cache,
+    "neighbours": build_neighbours,
+    "window_embeddings": build_window_embeddings,
     "latent_records": build_latent_records,
     "interventions": build_interventions,
     "explanations": build_explanations,

@@ -98,6 +98,15 @@ def _options(study: Study, stage: Stage) -> dict[str, Any]:
 
 
 def _dependency(study: Study, stage: Stage, upstream: Stage) -> dg.AssetDep:
-    crosses = {stage.scope, upstream.scope} == {"cell", "layer"}
-    mapping = dg.MultiToSingleDimensionPartitionMapping("layer") if crosses else None
+    mapping: dg.PartitionMapping | None = None
+    if {stage.scope, upstream.scope} == {"cell", "layer"}:
+        mapping = dg.MultiToSingleDimensionPartitionMapping("layer")
+    elif upstream.name in stage.spans:
+        each, every = dg.IdentityPartitionMapping(), dg.AllPartitionMapping()
+        mapping = dg.MultiPartitionMapping(
+            {
+                "layer": dg.DimensionPartitionMapping("layer", each),
+                "range": dg.DimensionPartitionMapping("range", every),
+            }
+        )
     return dg.AssetDep(dg.AssetKey([study.name, upstream.name]), partition_mapping=mapping)

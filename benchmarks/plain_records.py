@@ -17,7 +17,7 @@ import polars as pl
 from autointerp_dagster.core.config import SamplingConfig
 from autointerp_dagster.core.latent_records import RecordTables
 from autointerp_dagster.core.rng import address_key, hash_priority
-from autointerp_dagster.core.sampling.silent import _permuted  # the same draw, or nothing compares
+from autointerp_dagster.core.negatives.silent import _permuted  # the same draw, or nothing compares
 from autointerp_dagster.core.schemas import LATENTS, WINDOWS
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import LayerKey

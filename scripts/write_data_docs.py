@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 from autointerp_dagster.core import schemas
+from autointerp_dagster.core.schemas import tables
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "data.md"
 HEAD = """# The tables
 
-Written by `scripts/write_data_docs.py` from `autointerp_dagster/core/schemas.py`; do not edit.
+Written by `scripts/write_data_docs.py` from `core/schemas/tables.py`; do not edit.
 Every table is a Parquet file, sorted by its key; a null is never a zero. `verdicts` are kept per
 scorer (`score_<scorer>`) and, like `explanations`, in one file per explainer.
 """
@@ -41,7 +42,7 @@ def section(table: schemas.Table) -> str:
 
 def comments(constant: str) -> dict[str, str]:
     """The trailing comments of a table's columns, from the source."""
-    source = inspect.getsource(schemas)
+    source = inspect.getsource(tables)
     match = re.search(rf"^{constant} = Table\(.*?^\)", source, re.MULTILINE | re.DOTALL)
     body = match.group(0) if match else ""
     shared = re.search(r"^_METRIC = \{.*?^\}", source, re.MULTILINE | re.DOTALL)

@@ -56,7 +56,7 @@ def report_place(
         tags |= {"dagster/partition/layer": str(place.layer)}
         tags |= {"dagster/partition/range": str(place.range)}
     for upstream in upstream_of(study, stage):
-        tags |= _input_tags(context.instance, study, upstream, place)
+        tags |= _input_tags(context.instance, study, stage, upstream, place)
     context.log_event(
         dg.AssetMaterialization(
             asset_key(study, stage),
@@ -68,13 +68,13 @@ def report_place(
 
 
 def _input_tags(
-    instance: dg.DagsterInstance, study: Study, upstream: Stage, place: Place
+    instance: dg.DagsterInstance, study: Study, stage: Stage, upstream: Stage, place: Place
 ) -> dict[str, str]:
     """Version and event of an input. For several partitions the newest event covers them all."""
     key = asset_key(study, upstream)
     records = [
         _latest(instance, upstream, key, partition_key(source))
-        for source in inputs_at(study, place, upstream.scope)
+        for source in inputs_at(study, stage, place, upstream)
     ]
     found = [record for record in records if record is not None]
     if not found:

@@ -133,8 +133,8 @@ class StageInputs:
 
     def inputs(self, asset: str, place: Place) -> list[Manifest]:
         """The manifests of every upstream place that ``place`` is made from."""
-        scope = STAGES[asset].scope
-        return [self.input(asset, source) for source in inputs_at(self.study, place, scope)]
+        sources = inputs_at(self.study, self.stage, place, STAGES[asset])
+        return [self.input(asset, source) for source in sources]
 
     def table(self, asset: str, place: Place, blob: str) -> pl.DataFrame:
         """A table of an upstream asset: rows of all the places that ``place`` is made from."""
@@ -201,7 +201,7 @@ class StageInputs:
             self._inputs[place] = tuple(
                 self._upstream(stage, source)
                 for stage in upstream_of(self.study, self.stage)
-                for source in inputs_at(self.study, place, stage.scope)
+                for source in inputs_at(self.study, self.stage, place, stage)
             )
         return self._inputs[place]
 

@@ -21,6 +21,7 @@ from autointerp_dagster.core.config import (
     LocalLLMConfig,
     MetricsConfig,
     ModelsConfig,
+    NeighboursConfig,
     OutputExplainerConfig,
     Parameters,
     RefineExplainerConfig,
@@ -29,6 +30,7 @@ from autointerp_dagster.core.config import (
     ScorerConfig,
     ScorersConfig,
     TokenConfig,
+    WindowEmbeddingsConfig,
 )
 from autointerp_dagster.core.types import Cell, LatentRange, LayerKey
 
@@ -73,6 +75,10 @@ class Study(Parameters, frozen=True):
     latents: LatentSelection = "all"
     """Which latents are explained."""
     sampling: SamplingConfig = SamplingConfig()
+    neighbours: NeighboursConfig | None = None
+    """Which latents are near each other; null: not asked, unless negatives are of that kind."""
+    window_embeddings: WindowEmbeddingsConfig = WindowEmbeddingsConfig()
+    """For negatives of kind ``similar``."""
     explainers: dict[str, ExplainerConfig] = Field(min_length=1)
     """Explainers by name."""
     interventions: InterventionsConfig = InterventionsConfig()
@@ -212,6 +218,11 @@ class Study(Parameters, frozen=True):
     @model_validator(mode="after")
     def _check_models(self) -> "Study":
         scorers = self.scorers
+        if self.embeds_windows and self.models.embedder is None:
+            raise ValueError(
+                "sampling.negative_kinds: similar windows need models.embedder, e.g. "
+                "{source: 'embedded:all-minilm-l6-v2', query_prefix: ''}."
+            )
         for name in ("embedding", "example_embedding"):
             if getattr(scorers, name) is not None and self.models.embedder is None:
                 raise ValueError(
@@ -299,6 +310,18 @@ class Study(Parameters, frozen=True):
         if name == "intervention" and config.explainers is None and self.output_explainers:
             return config.model_copy(update={"explainers": tuple(self.output_explainers)})
         return config
+
+    @property
+    def finds_neighbours(self) -> NeighboursConfig | None:
+        """How neighbours are found; null if nothing asks for them."""
+        if self.neighbours is None and "neighbour" in self.sampling.negative_kinds:
+            return NeighboursConfig()
+        return self.neighbours
+
+    @property
+    def embeds_windows(self) -> bool:
+        """Whether the windows of the corpus are embedded."""
+        return "similar" in self.sampling.negative_kinds
 
     @property
     def output_explainers(self) -> dict[str, OutputExplainerConfig]:

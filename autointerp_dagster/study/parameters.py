@@ -35,6 +35,11 @@ def parameters_of(study: Study, stage: str) -> dict[str, Any]:
     match stage:
         case "token_dataset":
             return study.tokens.identity()
+        case "neighbours":
+            return _neighbour_parameters(study)
+        case "window_embeddings":
+            windows = study.window_embeddings.identity()
+            return {**windows, **study.sampling.model_dump(include={"window_len", "seed"})}
         case "latent_records":
             return study.sampling.identity()
         case "interventions":
@@ -52,22 +57,8 @@ def parameters_of(study: Study, stage: str) -> dict[str, Any]:
                     for name, config in study.explainers.items()
                 },
             }
-        case "latent_metrics":
-            asked = {name: study.scorers.of(name) for name in study.scorers.asked}
-            resamples = {"n_bootstrap", "seed"} if study.scorers.simulation is not None else set()
-            return {
-                **study.metrics.model_dump(include={"confidence", *resamples}),
-                "scorers": {
-                    name: {field: config.identity()[field] for field in ("latents", "explainers")}
-                    for name, config in asked.items()
-                },
-                "scoring": None if study.scoring is None else study.scoring.identity(),
-                "strategy": study.sampling.strategy,
-            }
-        case "layer_metrics":
-            return {**study.metrics.identity(), "adaptive": list(study.adaptive_scorers)}
-        case "study_metrics":
-            return study.metrics.identity()
+        case "latent_metrics" | "layer_metrics" | "study_metrics":
+            return _metrics_parameters(study, stage)
     return {}
 
 
@@ -135,7 +126,7 @@ def models_asked(study: Study, stage: str) -> dict[str, Any]:
     asked: dict[str, Parameters | None] = {
         part: llm_config(study, part) for part in parts_asked(study, stage)
     }
-    embeds = stage in ("score_embedding", "score_example_embedding")
+    embeds = stage in ("score_embedding", "score_example_embedding", "window_embeddings")
     if embeds or (stage == "study_metrics" and study.matches_layers):
         asked["embedder"] = study.models.embedder
     if stage == "explanations" and study.shows_promoted:
@@ -145,6 +136,31 @@ def models_asked(study: Study, stage: str) -> dict[str, Any]:
 
 def _distinct(parts: Sequence[LLMPart]) -> tuple[LLMPart, ...]:
     return tuple(part for i, part in enumerate(parts) if part not in parts[:i])
+
+
+def _metrics_parameters(study: Study, stage: str) -> dict[str, Any]:
+    if stage == "study_metrics":
+        return study.metrics.identity()
+    if stage == "layer_metrics":
+        return {**study.metrics.identity(), "adaptive": list(study.adaptive_scorers)}
+    asked = {name: study.scorers.of(name) for name in study.scorers.asked}
+    resamples = {"n_bootstrap", "seed"} if study.scorers.simulation is not None else set()
+    return {
+        **study.metrics.model_dump(include={"confidence", *resamples}),
+        "scorers": {
+            name: {field: config.identity()[field] for field in ("latents", "explainers")}
+            for name, config in asked.items()
+        },
+        "scoring": None if study.scoring is None else study.scoring.identity(),
+        "strategy": study.sampling.strategy,
+    }
+
+
+def _neighbour_parameters(study: Study) -> dict[str, Any]:
+    config = study.finds_neighbours
+    assert config is not None  # else the study has no such stage
+    windows = study.sampling.model_dump(include={"window_len", "seed"})
+    return {**config.identity(), **windows}
 
 
 def _scorer_parameters(study: Study, name: str) -> dict[str, Any]:

@@ -31,6 +31,8 @@ class Stage:
     """Icons in the UI."""
     description: str = ""
 
+    spans: tuple[str, ...] = ()
+    """Of ``upstream``, those of which a cell reads every range of its layer."""
     follows: bool = False
     """Recomputed by itself when its inputs are (cheap, no language model)."""
 
@@ -67,17 +69,35 @@ STAGES: dict[str, Stage] = {
         Stage(
             "activation_cache",
             "cell",
-            "1",
+            "2",
             ("subject_model", "sparse_coders", "token_dataset"),
             pool="gpu",
             kinds=("pytorch", "parquet"),
             description="Every activation above zero: (latent, context, position, activation).",
         ),
         Stage(
+            "neighbours",
+            "cell",
+            "1",
+            ("sparse_coders", "token_dataset", "activation_cache"),
+            kinds=("polars", "parquet"),
+            description="Which latents of the layer fire together, or have alike directions.",
+            spans=("activation_cache",),
+        ),
+        Stage(
+            "window_embeddings",
+            "study",
+            "1",
+            ("token_dataset",),
+            pool="gpu",
+            kinds=("pytorch",),
+            description="The embedding of every window of the corpus, each text embedded once.",
+        ),
+        Stage(
             "latent_records",
             "cell",
-            "2",
-            ("token_dataset", "activation_cache"),
+            "3",
+            ("token_dataset", "activation_cache", "neighbours", "window_embeddings"),
             kinds=("polars", "parquet"),
             description="Windows with their split, and statistics, of every latent.",
         ),
@@ -280,17 +300,29 @@ def stages_of(study: Study) -> list[Stage]:
     absent = {name for name in SCORE_STAGES if name.removeprefix(_SCORE) not in study.scorers.asked}
     if not study.intervenes:
         absent.add("interventions")
+    if study.finds_neighbours is None:
+        absent.add("neighbours")
+    if not study.embeds_windows:
+        absent.add("window_embeddings")
     return [stage for stage in STAGES.values() if stage.name not in absent]
 
 
 def upstream_of(study: Study, stage: Stage) -> list[Stage]:
     """The inputs that a stage has in this study."""
     absent = set(STAGES) - {found.name for found in stages_of(study)}
+    if stage.name == "latent_records" and "neighbour" not in study.sampling.negative_kinds:
+        absent.add("neighbours")
+    if stage.name == "neighbours" and not {"decoder", "encoder"} & _measures(study):
+        absent.add("sparse_coders")
     if stage.name == "explanations" and not study.output_explainers:
         absent.add("interventions")
     if stage.name == "study_metrics" and not study.matches_layers:
         absent |= {"sparse_coders", "activation_cache", "explanations"}
     return [STAGES[name] for name in stage.upstream if name not in absent]
+
+
+def _measures(study: Study) -> set[str]:
+    return set() if study.finds_neighbours is None else set(study.finds_neighbours.measures)
 
 
 def places_of(study: Study, scope: Scope) -> Iterator[Place]:
@@ -303,8 +335,11 @@ def places_of(study: Study, scope: Scope) -> Iterator[Place]:
         yield from study.cells
 
 
-def inputs_at(study: Study, place: Place, scope: Scope) -> list[Place]:
-    """The places of an upstream asset of ``scope`` that ``place`` is made from."""
+def inputs_at(study: Study, stage: Stage, place: Place, upstream: Stage) -> list[Place]:
+    """The places of ``upstream`` that a place of ``stage`` is made from."""
+    scope = upstream.scope
+    if isinstance(place, Cell) and upstream.name in stage.spans:
+        return [cell for cell in study.cells if cell.layer == place.layer]
     if isinstance(place, Cell) and scope == "cell":
         return [place]
     if isinstance(place, Cell) and scope == "layer":

@@ -14,7 +14,7 @@ from autointerp_dagster.core.latent_records import (
     records_in_order,
 )
 from autointerp_dagster.core.rng import address_key, hash_priority
-from autointerp_dagster.core.sampling.silent import _permuted
+from autointerp_dagster.core.negatives.silent import _permuted
 from autointerp_dagster.core.schemas import ACTIVATIONS, FIRING_COUNTS, LATENTS, WINDOWS
 from autointerp_dagster.core.types import LayerKey
 from autointerp_dagster.core.windows import SPLITS, window_grid

@@ -18,7 +18,7 @@ from autointerp_dagster.core.sampling import (
     select_latents,
     strength_ranks,
 )
-from autointerp_dagster.core.sampling.silent import _permuted
+from autointerp_dagster.core.negatives.silent import _permuted
 from autointerp_dagster.core.schemas import FIRING_COUNTS, SELECTION
 from autointerp_dagster.core.types import LayerKey
 

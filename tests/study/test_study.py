@@ -199,13 +199,14 @@ def test_inputs_of_a_cell_of_a_layer_and_of_the_study(tmp_path):
     study = load_study(write(tmp_path))
     layer = LayerKey("sae", "layers.1")
     cell = Cell(layer, LatentRange(40, 80))
-    assert inputs_at(study, cell, "cell") == [cell]
-    assert inputs_at(study, cell, "layer") == [layer]
-    assert inputs_at(study, cell, "study") == [WholeStudy()]
-    assert [str(p) for p in inputs_at(study, layer, "cell")] == [
+    records, cache = STAGES["latent_records"], STAGES["activation_cache"]
+    assert inputs_at(study, records, cell, cache) == [cell]
+    assert inputs_at(study, records, cell, STAGES["sparse_coders"]) == [layer]
+    assert inputs_at(study, records, cell, STAGES["token_dataset"]) == [WholeStudy()]
+    assert [str(p) for p in inputs_at(study, STAGES["layer_metrics"], layer, records)] == [
         f"sae@layers.1/{block}" for block in study.ranges
     ]
-    assert len(inputs_at(study, WholeStudy(), "cell")) == 6
+    assert len(inputs_at(study, STAGES["study_metrics"], WholeStudy(), records)) == 6
     assert len(list(places_of(study, "cell"))) == 6
 
 

@@ -28,7 +28,11 @@ from autointerp_dagster.core.config.models import (
     RemoteLLMConfig,
     SubjectModelConfig,
 )
-from autointerp_dagster.core.config.sampling import SamplingConfig
+from autointerp_dagster.core.config.sampling import (
+    NeighboursConfig,
+    SamplingConfig,
+    WindowEmbeddingsConfig,
+)
 from autointerp_dagster.core.config.scoring import (
     AdaptiveConfig,
     DetectionConfig,
@@ -74,6 +78,7 @@ __all__ = [
     "LocalLLMConfig",
     "MetricsConfig",
     "ModelsConfig",
+    "NeighboursConfig",
     "OutputExplainerConfig",
     "Parameters",
     "RefineExplainerConfig",
@@ -91,4 +96,5 @@ __all__ = [
     "TextFilesConfig",
     "TokenConfig",
     "TopTokensExplainerConfig",
+    "WindowEmbeddingsConfig",
 ]

@@ -7,18 +7,20 @@ from jaxtyping import Bool, Int64, UInt64
 
 from autointerp_dagster.core.config import SamplingConfig
 from autointerp_dagster.core.latent_records.firing import ActiveWindows, FiringTokens
-from autointerp_dagster.core.rng import hash_priority
-from autointerp_dagster.core.sampling import (
-    Demand,
-    Drawn,
+from autointerp_dagster.core.negatives import (
+    NegativeRequest,
+    Negatives,
+    NegativeSources,
     Question,
     Rows,
+    draw_negatives,
+)
+from autointerp_dagster.core.rng import hash_priority
+from autointerp_dagster.core.sampling import (
     draw_ranks,
     latent_keys,
-    matching_demand,
     quantile_bands,
     ranks_within,
-    silent_windows,
     strength_ranks,
 )
 from autointerp_dagster.core.types import LayerKey
@@ -40,6 +42,10 @@ class DrawnWindows(NamedTuple):
     row: Int64[np.ndarray, " activating"]
     """Which of the active windows each activating one is."""
     quantile: Int64[np.ndarray, " activating"]
+    kind: Int64[np.ndarray, " silent"]
+    """Of each non-activating one: index into the kinds asked for."""
+    source: Int64[np.ndarray, " silent"]
+    """As in ``Negatives``."""
     n_near_duplicates: Int64[np.ndarray, " latent"]
 
 
@@ -72,6 +78,8 @@ def draw_windows(
     layer: LayerKey,
     latents: range,
     config: SamplingConfig,
+    top_token: Int64[np.ndarray, " latent"],
+    sources: NegativeSources,
 ) -> DrawnWindows:
     """The windows of the latents that are ``is_ok``.
 
@@ -82,11 +90,11 @@ def draw_windows(
     keys = _keys(config.seed, layer, latents)
     pool = _pool(active, is_ok, grid, keys, config)
     is_active = _activity(firing, active, grid, config)
-    wanted = np.array([config.n_negative_train, config.n_negative_select, config.n_negative_test])
+    wanted = (config.n_negative_train, config.n_negative_select, config.n_negative_test)
 
     shown: _Shown = (np.zeros(0, np.int64), np.zeros(0, np.int64))
     chosen: list[Rows] = []
-    silent: list[Drawn] = []
+    silent: list[Negatives] = []
     dropped = np.zeros(len(latents), dtype=np.int64)
     for split in range(len(SPLITS)):
         repeats = _repeats(grid, shown) if split else None
@@ -96,8 +104,19 @@ def draw_windows(
             dropped += np.bincount(pool.latent[rows[is_repeat]], minlength=len(latents))
             rows = rows[~is_repeat]
         drawn = _choose(pool, rows, config)
-        demand = _demand(pool, drawn, grid, wanted, keys)
-        quiet = silent_windows(grid, demand, len(latents), is_active, repeats)
+        request = NegativeRequest(
+            grid=grid,
+            split=split,
+            n_wanted=wanted[split],
+            latent=pool.latent[drawn.row],
+            window=pool.window[drawn.row],
+            rank=drawn.rank,
+            top_token=top_token,
+            key=keys.silent,
+            active=is_active,
+            repeats=repeats,
+        )
+        quiet = draw_negatives(config.negative_kinds, request, sources)
         dropped += quiet.n_near_duplicates
         shown = (
             np.concatenate([shown[0], pool.latent[drawn.row], quiet.latent]),
@@ -108,10 +127,7 @@ def draw_windows(
     return _ranked(
         pool,
         np.concatenate(chosen),
-        (
-            np.concatenate([quiet.latent for quiet in silent]),
-            np.concatenate([quiet.window for quiet in silent]),
-        ),
+        Negatives(*(np.concatenate(column) for column in zip(*silent, strict=True))),
         dropped,
         grid,
         keys,
@@ -166,23 +182,6 @@ def _choose(pool: _Pool, rows: Rows, config: SamplingConfig) -> _Chosen:
     return _Chosen(rows[chosen], ranks[chosen])
 
 
-def _demand(
-    pool: _Pool,
-    chosen: _Chosen,
-    grid: WindowGrid,
-    wanted: Int64[np.ndarray, " split"],
-    keys: _Keys,
-) -> Demand:
-    return matching_demand(
-        pool.latent[chosen.row],
-        pool.split[chosen.row],
-        chosen.rank,
-        grid.place[pool.window[chosen.row]],
-        wanted,
-        keys.silent,
-    )
-
-
 def _activity(
     firing: FiringTokens, active: ActiveWindows, grid: WindowGrid, config: SamplingConfig
 ) -> Question:
@@ -207,14 +206,13 @@ def _contains(
 def _ranked(
     pool: _Pool,
     chosen: Int64[np.ndarray, " chosen"],
-    silent: tuple[Int64[np.ndarray, " silent"], Int64[np.ndarray, " silent"]],
+    silent: Negatives,
     n_near_duplicates: Int64[np.ndarray, " latent"],
     grid: WindowGrid,
     keys: _Keys,
 ) -> DrawnWindows:
-    silent_latent, silent_window = silent
-    latent = np.concatenate([pool.latent[chosen], silent_latent])
-    window = np.concatenate([pool.window[chosen], silent_window])
+    latent = np.concatenate([pool.latent[chosen], silent.latent])
+    window = np.concatenate([pool.window[chosen], silent.window])
     split = grid.split[window].astype(np.int64)
     is_silent = np.arange(len(latent)) >= len(chosen)
     group = (latent * len(SPLITS) + split) * 2 + is_silent
@@ -228,5 +226,7 @@ def _ranked(
         rank=ranks_within(group, priority, strongest_first),
         row=pool.row[chosen],
         quantile=pool.quantile[chosen],
+        kind=silent.kind,
+        source=silent.source,
         n_near_duplicates=n_near_duplicates,
     )

@@ -126,4 +126,9 @@ def _window(row: dict[str, Any], window_len: int, dataset: TokenDataset) -> Wind
             if row["is_activating"]
             else np.zeros(window_len - hidden, dtype=np.float32)
         ),
+        other_activations=(
+            None
+            if row["neighbour_activations"] is None
+            else np.array(row["neighbour_activations"][hidden:], dtype=np.float32)
+        ),
     )

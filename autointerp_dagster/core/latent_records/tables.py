@@ -22,7 +22,8 @@ from autointerp_dagster.core.latent_records.firing import (
     firing_tokens,
 )
 from autointerp_dagster.core.latent_records.statistics import statistics_of, status_of
-from autointerp_dagster.core.schemas import LATENTS, WINDOWS, LatentStatus
+from autointerp_dagster.core.negatives import NegativeSources
+from autointerp_dagster.core.schemas import LATENTS, NEIGHBOUR_WINDOWS, WINDOWS, LatentStatus
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import LayerKey
 from autointerp_dagster.core.windows import SPLITS, WindowGrid, check_splits, window_grid
@@ -64,6 +65,7 @@ def latent_records_of(
     latents: range,
     config: SamplingConfig,
     grid: WindowGrid | None = None,
+    sources: NegativeSources | None = None,
 ) -> RecordTables:
     """The records of a range of latents; a row depends on nothing but its own latent and the grid.
 
@@ -89,6 +91,7 @@ def latent_records_of(
         config: How windows are cut, split and drawn.
         grid: From :func:`core.windows.window_grid` of the same ``dataset`` and ``config``; made
             here if null. Pass it where several ranges share it.
+        sources: What negatives of other kinds than ``random`` are drawn from.
 
     Raises:
         ValueError: If an activation is not a finite number above 0, lies outside of the range or
@@ -101,7 +104,9 @@ def latent_records_of(
     statistics = statistics_of(firing, active, firing_counts, dataset, grid, layer, latents)
     statistics = statistics.with_columns(status=status_of(config))
     is_ok = (statistics["status"] == "ok").to_numpy()
-    drawn = draw_windows(firing, active, is_ok, grid, layer, latents, config)
+    sources = NegativeSources() if sources is None else sources
+    top = statistics["top_tokens"].list.first().cast(pl.Int64).fill_null(-1).to_numpy()
+    drawn = draw_windows(firing, active, is_ok, grid, layer, latents, config, top, sources)
     check_splits(grid, drawn.window, drawn.split)
     is_silent = np.arange(len(drawn.latent)) >= len(drawn.row)
     n_negative = count_by_split(drawn.latent[is_silent], drawn.split[is_silent], len(latents))
@@ -109,7 +114,7 @@ def latent_records_of(
         pl.Series("n_near_duplicates", drawn.n_near_duplicates),
         *(pl.Series(f"n_negative_{name}", n_negative[:, i]) for i, name in enumerate(SPLITS)),
     )
-    windows = _window_rows(drawn, firing, active, grid, latents)
+    windows = _window_rows(drawn, firing, active, grid, latents, config, sources)
     return RecordTables(LATENTS.conform(rows, layer), WINDOWS.conform(windows, layer))
 
 
@@ -119,6 +124,8 @@ def _window_rows(
     active: ActiveWindows,
     grid: WindowGrid,
     latents: range,
+    config: SamplingConfig,
+    sources: NegativeSources,
 ) -> pl.DataFrame:
     """``schemas.WINDOWS``, without the layer."""
     n_activating = len(drawn.row)
@@ -138,15 +145,33 @@ def _window_rows(
         pl.Series("quantile", drawn.quantile.astype(np.uint8)),
         pl.Series("max_activation", active.maximum[drawn.row]),
         _position_activations(drawn, firing, active, grid),
+        pl.lit(None, dtype=pl.UInt32).alias("neighbour"),
+        pl.lit(None, dtype=pl.List(pl.Float32)).alias("neighbour_activations"),
     )
     silent = common[n_activating:].with_columns(
-        pl.lit("random").alias("negative_kind"),
+        pl.Series("negative_kind", config.negative_kinds, dtype=pl.String)[drawn.kind],
+        *_of_neighbours(drawn, sources),
         *(
             pl.lit(None, dtype=activating.schema[name]).alias(name)
             for name in ("quantile", "max_activation", "activations")
         ),
     )
-    return pl.concat([activating, silent])
+    return pl.concat([activating, silent.select(activating.columns)])
+
+
+def _of_neighbours(drawn: DrawnWindows, sources: NegativeSources) -> list[pl.Series]:
+    """Who fires in each non-activating window that was drawn for it, and how; else null."""
+    wanted = pl.Series(drawn.source)
+    found = (
+        NEIGHBOUR_WINDOWS.empty()
+        if sources.neighbour_windows is None
+        else (sources.neighbour_windows)
+    )
+    rows = wanted.set(wanted < 0, None).cast(pl.UInt32)
+    return [
+        found["latent"].gather(rows).alias("neighbour"),
+        found["activations"].gather(rows).alias("neighbour_activations"),
+    ]
 
 
 def _position_activations(

@@ -16,32 +16,18 @@ from autointerp_dagster.core.sampling.latents import (
     scored_latents,
     select_latents,
 )
-from autointerp_dagster.core.sampling.silent import (
-    Demand,
-    Drawn,
-    Question,
-    Rows,
-    matching_demand,
-    silent_windows,
-)
 
 __all__ = [
     "N_DONORS",
-    "Demand",
-    "Drawn",
-    "Question",
-    "Rows",
     "Strategy",
     "donors_of",
     "draw_ranks",
     "floor_order",
     "latent_keys",
-    "matching_demand",
     "processing_order",
     "quantile_bands",
     "ranks_within",
     "scored_latents",
     "select_latents",
-    "silent_windows",
     "strength_ranks",
 ]

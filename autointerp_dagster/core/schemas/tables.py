@@ -4,122 +4,9 @@
 ``activations``, the bulk table, whose manifest names its cell.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
-
 import polars as pl
 
-from autointerp_dagster.core.types import LayerKey
-
-Split = Literal["train", "select", "test"]
-"""``train``: the explainer may see; ``select``: chooses between explanations; ``test``: judges."""
-
-NegativeKind = Literal["random", "neighbour", "similar", "same_token"]
-"""How a non-activating window was chosen."""
-
-LatentStatus = Literal["ok", "dead", "rare", "dense"]
-"""``rare``: too few firing tokens or test windows; ``dense``: fires nearly everywhere."""
-
-ExplanationStatus = Literal["ok", "failed", "skipped"]
-ExplanationReason = Literal[
-    "dead",
-    "rare",
-    "dense",
-    "unparsable",
-    "refused",
-    "too_long",
-    "call_failed",
-    "budget",
-    "deadline",
-    "not_recorded",
-    "no_train_windows",
-    "no_intervention",
-]
-"""Why there is no text. The first three come from the latent's record; ``no_intervention``: the
-model could not be steered along the latent as wanted."""
-
-InterventionStatus = Literal["ok", "dead", "rare", "dense", "too_few", "off_target"]
-"""``too_few``: prompts on whose last token the latent fires; ``off_target``: no strength was found
-whose divergence is within the tolerance of the target."""
-
-VerdictStatus = Literal["ok", "failed"]
-VerdictReason = Literal[
-    "unparsable", "refused", "too_long", "no_vector", "no_logprobs", "off_target",
-    "call_failed", "budget", "deadline", "not_recorded",
-]  # fmt: skip
-"""The first six are answers. ``too_long``: the prompt does not fit the model; ``no_vector``: an
-embedding of length zero or not finite; ``no_logprobs``: log-probabilities that are missing or no
-numbers; ``off_target``: an intervention whose strength is not the one wanted. The others lie with
-the run and are tried again by the next; ``not_recorded``: a replay found no such call in the
-journal."""
-
-UNASKED: tuple[VerdictReason, ...] = ("budget", "deadline", "not_recorded")
-"""Reasons of a row whose question was never sent."""
-
-UNDONE: tuple[VerdictReason, ...] = (*UNASKED, "call_failed")
-"""Reasons that lie with the run, not with the answer: such a cell is never taken as done."""
-
-Subject = Literal["own", "other", "random"]
-"""Whose explanation was scored: the latent's own, another latent's (a floor), a random coder's."""
-
-MAIN_VARIANT = "all"
-"""The variant of a scorer's ordinary verdicts, and of the metrics over all of them."""
-
-MetricStatus = Literal[
-    "ok", "not_run", "no_explanation", "too_few", "no_donor", "missing_class", "failed", "unasked",
-    "no_score", "undefined",
-]  # fmt: skip
-"""Why a metric has no value, or ``ok``. ``unasked``: a budget or deadline came first; ``no_score``:
-the scorer did not rank the windows (a judge without log-probabilities); ``undefined``: 0 / 0, e.g.
-precision if nothing is called activating."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A declared table: every frame that is stored passes :meth:`conform`."""
-
-    name: str
-    columns: Mapping[str, Any]
-    """Polars type of each column (a union of polars types has no repr that beartype accepts)."""
-    key: tuple[str, ...]
-    """Columns that identify a row; rows are sorted by them. A key column may be null."""
-
-    def empty(self) -> pl.DataFrame:
-        """The table without rows."""
-        return pl.DataFrame(schema=dict(self.columns))
-
-    def conform(self, frame: pl.DataFrame, layer: LayerKey | None = None) -> pl.DataFrame:
-        """``frame`` with exactly the declared columns, sorted by key.
-
-        Args:
-            frame: At least the declared columns (``coder`` and ``hookpoint`` excepted when
-                ``layer`` is given), of types that cast without loss; others are an error.
-            layer: Fills ``coder`` and ``hookpoint``.
-
-        Raises:
-            ValueError: If a column is missing, unknown or of another type, or a key repeats.
-        """
-        if layer is not None:
-            frame = frame.with_columns(coder=pl.lit(layer.coder), hookpoint=pl.lit(layer.hookpoint))
-        missing = [name for name in self.columns if name not in frame.columns]
-        unknown = [name for name in frame.columns if name not in self.columns]
-        if missing or unknown:
-            raise ValueError(
-                f"table {self.name}: missing columns {missing}, unknown columns {unknown}."
-            )
-        try:
-            frame = frame.select(pl.col(n).cast(t) for n, t in self.columns.items())
-        except pl.exceptions.InvalidOperationError as error:
-            raise ValueError(f"table {self.name}: {error}") from error
-        constant = () if layer is None else ("coder", "hookpoint")
-        frame = frame.sort([name for name in self.key if name not in constant], nulls_last=True)
-        as_before = [pl.col(name).eq_missing(pl.col(name).shift(1)) for name in self.key]
-        repeated = frame.select(pl.all_horizontal(as_before).slice(1).sum()).item()
-        if repeated:
-            raise ValueError(f"table {self.name}: {repeated} rows repeat a key {self.key}.")
-        return frame
-
+from autointerp_dagster.core.schemas.table import Table
 
 _LATENT = {"coder": pl.String, "hookpoint": pl.String, "latent": pl.UInt32}
 _LATENT_KEY = ("coder", "hookpoint", "latent")
@@ -171,6 +58,49 @@ FIRING_COUNTS = Table(
 )
 """One row per latent of the whole layer, also for those that never fired."""
 
+LATENT_STATISTICS = Table(
+    "latent_statistics",
+    {
+        **_LATENT,
+        "n_tokens": pl.UInt64,
+        "n_contexts": pl.UInt64,
+        "max_activation": pl.Float32,  # null for a dead latent, like all below but the lists
+        "mean_activation": pl.Float64,  # over firing tokens
+        "activation_histogram": pl.List(pl.UInt64),  # firing tokens per bin, see core.statistics
+        "top_tokens": pl.List(pl.UInt32),  # by summed activation over the whole corpus, descending
+        "top_token_shares": pl.List(pl.Float64),  # of the summed activation
+        "single_token_share": pl.Float64,  # of firing tokens, the most frequent token's
+        "position_information": pl.Float64,  # nats, between firing and the position in the context
+        "promoted_tokens": pl.List(pl.UInt32),  # by the decoder through the unembedding
+        "suppressed_tokens": pl.List(pl.UInt32),
+    },
+    _LATENT_KEY,
+)
+"""For people. What an explainer may see of tokens is in ``latents``, from train windows alone."""
+
+NEIGHBOURS = Table(
+    "neighbours",
+    {
+        **_LATENT,
+        "measure": pl.String,  # cofiring (Jaccard over tokens), decoder, encoder (cosines)
+        "rank": pl.UInt16,  # 0 is the nearest
+        "neighbour": pl.UInt32,
+        "value": pl.Float64,
+    },
+    (*_LATENT_KEY, "measure", "rank"),
+)
+
+NEIGHBOUR_WINDOWS = Table(
+    "neighbour_windows",
+    {
+        **_LATENT,  # the neighbour: a latent that some latent of the cell has as a neighbour
+        "window_id": pl.UInt64,  # context << 16 | start, on the grid of fixed windows
+        "activations": pl.List(pl.Float32),  # the neighbour's, one per position
+    },
+    (*_LATENT_KEY, "window_id"),
+)
+"""A sample of the windows in which each neighbour fires, drawn by hashed priority."""
+
 LATENTS = Table(
     "latents",
     {
@@ -210,6 +140,8 @@ WINDOWS = Table(
         "rank": pl.UInt16,  # order in which the windows of a (split, is_activating) are used
         "max_activation": pl.Float32,  # null for non-activating windows
         "activations": pl.List(pl.Float32),  # one per position; null for non-activating windows
+        "neighbour": pl.UInt32,  # who fires here, for negatives of kind neighbour; else null
+        "neighbour_activations": pl.List(pl.Float32),  # the neighbour's, one per position
     },
     (*_LATENT_KEY, "split", "is_activating", "negative_kind", "window_id"),
 )
@@ -364,15 +296,11 @@ STUDY_METRICS = Table(
 )
 
 TABLES = (
-    DOCUMENTS, CONTEXTS, ACTIVATIONS, FIRING_COUNTS, LATENTS, WINDOWS, SELECTION, DONORS,
+    DOCUMENTS, CONTEXTS, ACTIVATIONS, FIRING_COUNTS, LATENT_STATISTICS, NEIGHBOURS,
+    NEIGHBOUR_WINDOWS, LATENTS, WINDOWS, SELECTION, DONORS,
     INTERVENTIONS, INTERVENTION_PROMPTS, EXPLANATIONS, VERDICTS, LATENT_METRICS, LAYER_METRICS,
     STUDY_METRICS,
 )  # fmt: skip
-
-LATENT_STATUSES: tuple[str, ...] = get_args(LatentStatus)
-EXPLANATION_REASONS: tuple[str, ...] = get_args(ExplanationReason)
-VERDICT_REASONS: tuple[str, ...] = get_args(VerdictReason)
-METRIC_STATUSES: tuple[str, ...] = get_args(MetricStatus)
 
 
 def window_id(context: pl.Expr, start: pl.Expr) -> pl.Expr:

@@ -1,17 +1,13 @@
 """Non-activating windows: silent ones, drawn for each latent at the places where it fires."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt64
 
+from autointerp_dagster.core.negatives.request import Question
 from autointerp_dagster.core.rng import hash_priority
 from autointerp_dagster.core.windows import SPLITS, WindowGrid
-
-Rows = Int64[np.ndarray, " row"]
-Question = Callable[[Rows, Rows], Bool[np.ndarray, " row"]]
-"""Asked about rows of (latent, window); true where the answer is yes."""
 
 _ROUNDS = 3
 _MIN_DOMAIN = 64  # with fewer values these rounds are not uniform (chi-square of drawn pairs)

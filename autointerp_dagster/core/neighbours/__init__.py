@@ -1,0 +1,1 @@
+"""Which latents of a layer are near each other."""

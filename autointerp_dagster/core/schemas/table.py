@@ -1,0 +1,55 @@
+"""How a table is declared, and what it takes to be one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+from autointerp_dagster.core.types import LayerKey
+
+
+@dataclass(frozen=True)
+class Table:
+    """A declared table: every frame that is stored passes :meth:`conform`."""
+
+    name: str
+    columns: Mapping[str, Any]
+    """Polars type of each column (a union of polars types has no repr that beartype accepts)."""
+    key: tuple[str, ...]
+    """Columns that identify a row; rows are sorted by them. A key column may be null."""
+
+    def empty(self) -> pl.DataFrame:
+        """The table without rows."""
+        return pl.DataFrame(schema=dict(self.columns))
+
+    def conform(self, frame: pl.DataFrame, layer: LayerKey | None = None) -> pl.DataFrame:
+        """``frame`` with exactly the declared columns, sorted by key.
+
+        Args:
+            frame: At least the declared columns (``coder`` and ``hookpoint`` excepted when
+                ``layer`` is given), of types that cast without loss; others are an error.
+            layer: Fills ``coder`` and ``hookpoint``.
+
+        Raises:
+            ValueError: If a column is missing, unknown or of another type, or a key repeats.
+        """
+        if layer is not None:
+            frame = frame.with_columns(coder=pl.lit(layer.coder), hookpoint=pl.lit(layer.hookpoint))
+        missing = [name for name in self.columns if name not in frame.columns]
+        unknown = [name for name in frame.columns if name not in self.columns]
+        if missing or unknown:
+            raise ValueError(
+                f"table {self.name}: missing columns {missing}, unknown columns {unknown}."
+            )
+        try:
+            frame = frame.select(pl.col(n).cast(t) for n, t in self.columns.items())
+        except pl.exceptions.InvalidOperationError as error:
+            raise ValueError(f"table {self.name}: {error}") from error
+        constant = () if layer is None else ("coder", "hookpoint")
+        frame = frame.sort([name for name in self.key if name not in constant], nulls_last=True)
+        as_before = [pl.col(name).eq_missing(pl.col(name).shift(1)) for name in self.key]
+        repeated = frame.select(pl.all_horizontal(as_before).slice(1).sum()).item()
+        if repeated:
+            raise ValueError(f"table {self.name}: {repeated} rows repeat a key {self.key}.")
+        return frame
