@@ -105,7 +105,7 @@ def _runs(study: Study, selection: Selection) -> Iterator[tuple[list[Stage], lis
         scope: [stage for stage in selection.stages if stage.scope == scope]
         for scope in ("study", "cell", "layer")
     }
-    first = [stage for stage in by_scope["study"] if stage.name == "token_dataset"]
+    first = [stage for stage in by_scope["study"] if not stage.follows]
     for corner_cells in _rectangles(study, selection.cells):
         yield [*first, *by_scope["cell"]], list(corner_cells)
         first = []
@@ -115,7 +115,7 @@ def _runs(study: Study, selection: Selection) -> Iterator[tuple[list[Stage], lis
         for layer in layers:
             yield by_scope["layer"], [layer]
     if selection.is_whole(study):
-        yield [s for s in by_scope["study"] if s.name != "token_dataset"], []
+        yield [stage for stage in by_scope["study"] if stage.follows], []
 
 
 def print_outcome(
