@@ -1,13 +1,13 @@
-"""The activation cache against a plain loop: whole forward pass, dense encoding, ``nonzero``.
+"""The activation cache against the one that is written first (``plain_cache``).
 
-A GPT-NeoX of pythia-70m's shape with random weights, its hook at the first of six layers, a TopK
-coder of 32,768 latents, k = 32, on Zipf tokens. Both versions give a sorted table of non-zeros and
-how often each latent fires. The plain one is what one writes first: it runs all layers, keeps a
-dense [token, latent] tensor of each batch, looks for what is not zero and adds up over it.
-(The vocabulary is smaller, no output head runs.) Both do one product with the encoder in float32,
-480 of our 640 microseconds per token, which bounds the ratio.
+GPT-NeoX models of the shapes of pythia-70m and 160m with random weights (a smaller vocabulary, no
+output head), coders of 32,768 latents, Zipf tokens, batches of 32 contexts of 256. Ours is all of
+it, spool and sorted tables included. Beside each ratio: how much of the least possible time, which
+is the forward pass to the last hookpoint and one product with each encoder at the rate of large
+products in the arithmetic used, ours takes. Tokens per CPU-second, one thread.
 """
 
+import statistics
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -19,138 +19,232 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from autointerp_dagster.adapters.spool import cache_layers
+from autointerp_dagster.adapters.cache import cache_layers
 from autointerp_dagster.adapters.subject_models import SubjectModel, open_subject_model
 from autointerp_dagster.core.config import SubjectModelConfig
-from autointerp_dagster.core.schemas import ACTIVATIONS, FIRING_COUNTS
-from autointerp_dagster.core.sparse_coders import TopKCoder
-from autointerp_dagster.core.tokens import TokenDataset, context_batches
+from autointerp_dagster.core.hooks import captured_outputs
+from autointerp_dagster.core.sparse_coders import JumpReLUCoder, TopKCoder
+from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import LatentRange, LayerKey, silent
 from benchmarks.data import zipf_dataset
-from benchmarks.measure import Result, by_turns
+from benchmarks.measure import Result, cpu_seconds
+from benchmarks.peak import peak_mb
+from benchmarks.plain_cache import (
+    Encode,
+    PlainCache,
+    dense_jump_relu,
+    dense_topk,
+    plain_cache,
+    read_splits,
+    save_splits,
+)
 
-LAYER = LayerKey("sae", "layers.0")
-D_IN, N_LAYERS, VOCAB = 512, 6, 4096
+VOCAB, CONTEXT_LEN, N_CONTEXTS, BATCH = 4096, 256, 32, 32
 NUM_LATENTS, K = 32_768, 32
-N_CONTEXTS, CONTEXT_LEN, BATCH = 16, 256, 8
-RANGE_SIZE = 8192
-BAR = 2.0
-"""Measured: 2.3 to 2.4."""
+JUMP_THRESHOLD = 4.98
+"""About 68 latents exceed it on a token of layer 0."""
+STARTS = range(0, NUM_LATENTS, 8192)
+REPEATS = 2
+SHARE_BAR = 0.6
+N_MEMORY_CONTEXTS, MEMORY_BAR = 8, 6.0
 
 
-class Cached(NamedTuple):
-    """What both versions give."""
+class Case(NamedTuple):
+    """One bar."""
 
-    activations: pl.DataFrame
-    firing_counts: pl.DataFrame
+    name: str
+    d_in: int
+    n_layers: int
+    n_heads: int
+    hooked: tuple[int, ...]
+    bar: float
+    bar_without_bfloat16: float
+    """On a CPU that does not multiply bfloat16 in hardware."""
+    jumps: bool = False
+    """A JumpReLU instead of a TopK coder."""
+
+
+CASES = (
+    Case("TopK, layer 0 of 6", 512, 6, 8, (0,), 4.0, 2.5),
+    Case("TopK, layers 0 to 2 of 6", 512, 6, 8, (0, 1, 2), 3.0, 2.0),
+    Case("TopK, layer 5 of 6", 512, 6, 8, (5,), 1.5, 1.2),
+    Case("JumpReLU, layer 0 of 6", 512, 6, 8, (0,), 2.8, 2.8, jumps=True),
+    Case("TopK, layer 0 of 12", 768, 12, 12, (0,), 5.5, 3.3),
+)
+
+
+class Setup(NamedTuple):
+    """What both versions are given."""
+
+    model: SubjectModel
+    dataset: TokenDataset
+    coders: dict[LayerKey, TopKCoder | JumpReLUCoder]
+    folder: Path
 
 
 def run() -> list[Result]:
-    """Tokens per CPU-second, as a ratio."""
+    """A ratio and a share of the limit for each case, and the ratio of the memory."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        model, coder = _model(Path(folder) / "model"), _coder()
-        dataset = zipf_dataset(N_CONTEXTS, CONTEXT_LEN, VOCAB)
-        _ = model.base_model  # loaded before the clock runs
-        pair = by_turns(
-            lambda: _ours(model, dataset, coder, Path(folder)),
-            lambda: _plain(model, dataset, coder),
+    results: list[Result] = []
+    for case in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            setup = _setup(case, Path(folder))
+            results.extend(_measured(case, setup))
+            if case is CASES[0]:
+                results.append(_memory(setup))
+    return results
+
+
+def _measured(case: Case, setup: Setup) -> list[Result]:
+    ours_s, plain_s, limit_s = [], [], []
+    for _ in range(REPEATS):
+        ours, seconds = cpu_seconds(lambda: _ours(setup))
+        ours_s.append(seconds)
+        limit_s.append(_limit_s(setup))
+        plain, seconds = cpu_seconds(lambda: _plain(setup, N_CONTEXTS, BATCH))
+        plain_s.append(seconds)
+        _assert_same(setup, ours, plain)
+    bar = case.bar if torch.cpu._is_avx512_bf16_supported() else case.bar_without_bfloat16
+    ratio = statistics.median(p / o for p, o in zip(plain_s, ours_s, strict=True))
+    share = statistics.median(m / o for m, o in zip(limit_s, ours_s, strict=True))
+    name = f"activation cache, {case.name}"
+    return [
+        Result(f"{name}: against dense tensors", ratio, bar, "x tokens/CPU-s"),
+        Result(f"{name}: share of the limit", share, SHARE_BAR, "of the least time"),
+    ]
+
+
+class Ours(NamedTuple):
+    """What our version gives."""
+
+    activations: dict[LayerKey, pl.DataFrame]
+    firing_counts: dict[LayerKey, pl.DataFrame]
+
+
+def _ours(setup: Setup) -> Ours:
+    model, dataset, coders, folder = setup
+    ranges = [LatentRange(start, start + STARTS.step) for start in STARTS]
+    of_layer = dict.fromkeys(coders, ranges)
+    with cache_layers(model, dataset, coders, of_layer, folder / "spool", silent) as cached:
+        tables = {layer: [cached.cell(layer, of) for of in ranges] for layer in coders}
+        return Ours(
+            {layer: pl.concat(cells) for layer, cells in tables.items()},
+            {layer: cached.firing_counts(layer) for layer in coders},
         )
-    _assert_same(pair.ours, pair.plain)
-    return [Result("activation_cache against a dense loop", pair.ratio, BAR, "x tokens/CPU-s")]
 
 
-def _ours(model: SubjectModel, dataset: TokenDataset, coder: TopKCoder, folder: Path) -> Cached:
-    starts = range(0, NUM_LATENTS, RANGE_SIZE)
-    ranges = [LatentRange(start, start + RANGE_SIZE) for start in starts]
-    with cache_layers(model, dataset, {LAYER: coder}, {LAYER: ranges}, folder, silent) as cached:
-        activations = pl.concat([cached.cell(LAYER, latents) for latents in ranges])
-        return Cached(activations, cached.firing_counts(LAYER))
+def _plain(setup: Setup, n_contexts: int, batch_size: int) -> PlainCache:
+    tokens = torch.from_numpy(setup.dataset.tokens).view(-1, CONTEXT_LEN)[:n_contexts].long()
+    encoders = {layer.hookpoint: _dense(coder) for layer, coder in setup.coders.items()}
+    cache = plain_cache(setup.model.base_model, encoders, tokens, batch_size)
+    save_splits(cache, STARTS, setup.folder)
+    return cache
 
 
-def _plain(model: SubjectModel, dataset: TokenDataset, coder: TopKCoder) -> Cached:
-    hidden: list[torch.Tensor] = []
-    hooked = model.base_model.get_submodule(LAYER.hookpoint)
-
-    def keep(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
-        del module, inputs
-        hidden.append(output)
-
-    handle = hooked.register_forward_hook(keep)
-    first = dataset.first_visible
-    rows: list[pl.DataFrame] = []
-    n_tokens, n_contexts = np.zeros(NUM_LATENTS, np.int64), np.zeros(NUM_LATENTS, np.int64)
-    largest = np.zeros(NUM_LATENTS, np.float32)
-    with torch.inference_mode():
-        for contexts in context_batches(dataset, BATCH):
-            tokens = np.stack([dataset.context_tokens(int(context)) for context in contexts])
-            model.base_model(input_ids=torch.from_numpy(tokens).long(), use_cache=False)
-            dense = _encode_dense(coder, hidden.pop()[:, first:])
-            fires = dense > 0
-            n_tokens += fires.sum((0, 1)).numpy()
-            n_contexts += fires.any(1).sum(0).numpy()
-            largest = np.maximum(largest, dense.amax((0, 1)).numpy())
-            context, position, latent = torch.nonzero(fires, as_tuple=True)
-            found = {
-                "latent": latent.numpy().astype(np.uint32),
-                "context": contexts[context.numpy()].astype(np.uint32),
-                "position": (position.numpy() + first).astype(np.uint16),
-                "activation": dense[context, position, latent].numpy(),
-            }
-            rows.append(pl.DataFrame(found))
-    handle.remove()
-    counts = pl.DataFrame(
-        {"latent": range(NUM_LATENTS), "n_tokens": n_tokens, "n_contexts": n_contexts}
-    ).with_columns(max_activation=pl.Series(np.where(largest > 0, largest, np.nan)).fill_nan(None))
-    return Cached(ACTIVATIONS.conform(pl.concat(rows)), FIRING_COUNTS.conform(counts))
+def _dense(coder: TopKCoder | JumpReLUCoder) -> Encode:
+    if isinstance(coder, JumpReLUCoder):
+        return dense_jump_relu(coder.encoder, coder.bias, coder.threshold)
+    return dense_topk(coder.encoder, coder.bias, coder.b_dec, coder.k)
 
 
-def _encode_dense(coder: TopKCoder, vectors: torch.Tensor) -> torch.Tensor:
-    found = (vectors - coder.b_dec) @ coder.encoder.T + coder.bias
-    kept = found.relu().topk(coder.k)
-    return torch.zeros_like(found).scatter_(-1, kept.indices, kept.values).bfloat16().float()
+def _limit_s(setup: Setup) -> float:
+    """The forward pass to the last hookpoint and the products, with nothing else."""
+    tokens = torch.from_numpy(setup.dataset.tokens).view(-1, CONTEXT_LEN).long()
+    names = [layer.hookpoint for layer in setup.coders]
+
+    def forward() -> None:
+        for batch in tokens.split(BATCH):
+            with torch.inference_mode(), captured_outputs(setup.model.base_model, names):
+                setup.model.base_model(input_ids=batch, use_cache=False)
+
+    coder = next(iter(setup.coders.values()))
+    dtype = getattr(torch, str(coder.describe()["screen"]))
+    n_flop = 2 * tokens.numel() * coder.encoder.numel() * len(setup.coders)
+    return cpu_seconds(forward)[1] + n_flop / _flop_per_s(coder.d_in, dtype)
 
 
-def _assert_same(ours: Cached, plain: Cached) -> None:
+def _flop_per_s(d_in: int, dtype: torch.dtype) -> float:
+    """The best of a few products with an encoder."""
+    n_rows, n_columns = 1024, 8192
+    rows, columns = torch.ones(n_rows, d_in, dtype=dtype), torch.ones(n_columns, d_in, dtype=dtype)
+    out = torch.empty(n_rows, n_columns, dtype=dtype)
+    times = [cpu_seconds(lambda: torch.mm(rows, columns.T, out=out))[1] for _ in range(6)]
+    return 2 * n_rows * n_columns * d_in / min(times)
+
+
+def _memory(setup: Setup) -> Result:
+    """Peak of encoding 8 contexts of 256, beyond the weights."""
+    tokens = torch.from_numpy(setup.dataset.tokens).view(-1, CONTEXT_LEN)[:N_MEMORY_CONTEXTS]
+    layer, coder = next(iter(setup.coders.items()))
+    with (
+        torch.inference_mode(),
+        captured_outputs(setup.model.base_model, [layer.hookpoint]) as outputs,
+    ):
+        setup.model.base_model(input_ids=tokens.long(), use_cache=False)
+    vectors = outputs[layer.hookpoint].flatten(0, 1)
+    ours = peak_mb(lambda: coder.encode(vectors))
+    plain = peak_mb(lambda: _plain(setup, N_MEMORY_CONTEXTS, N_MEMORY_CONTEXTS))
+    name = "activation cache: peak memory of dense tensors, 8 x 256 tokens, against ours"
+    return Result(name, plain / ours, MEMORY_BAR, "x MB")
+
+
+def _assert_same(setup: Setup, ours: Ours, plain: PlainCache) -> None:
     """The same, but where the last bit of float32 decides: a tie at rank k, a step of bfloat16."""
     keys = ["latent", "context", "position"]
-    both = ours.activations.join(plain.activations, on=keys, how="full", suffix="_plain")
-    n = ours.activations.height
-    n_one_sided = both.select(pl.col("activation", "activation_plain").is_null()).sum()
-    n_moved = both.filter(pl.col("activation") != pl.col("activation_plain")).height
-    step = (pl.col("activation") - pl.col("activation_plain")).abs() / pl.col("activation")
-    assert n > 0.9 * N_CONTEXTS * (CONTEXT_LEN - 1) * K
-    assert n_one_sided.sum_horizontal().item() <= 2e-5 * n, n_one_sided
-    assert n_moved <= 1e-3 * n, n_moved
-    assert both.select(step.max()).item() <= 2**-7
-    counts = ours.firing_counts.join(plain.firing_counts, on="latent", suffix="_plain")
-    for name in ("n_tokens", "n_contexts"):
-        off = counts.select((pl.col(name).cast(int) - pl.col(f"{name}_plain").cast(int)).abs())
-        assert off.sum().item() <= 2e-5 * n
+    for layer, found in ours.activations.items():
+        split = read_splits(STARTS, setup.folder, layer.hookpoint)
+        expected = pl.DataFrame(split._asdict()).cast(
+            {"latent": pl.UInt32, "context": pl.UInt32, "position": pl.UInt16}
+        )
+        n = found.height
+        both = found.join(expected, on=keys, how="full", suffix="_plain")
+        n_one_sided = int(
+            both.select(pl.col("activation", "value").is_null()).sum().sum_horizontal().item()
+        )
+        step = ((pl.col("activation") - pl.col("value")).abs() / pl.col("activation")).max()
+        assert n > 0.9 * N_CONTEXTS * CONTEXT_LEN * K
+        assert n_one_sided <= 4e-5 * n, n_one_sided
+        assert both.select(step).item() <= 2**-7
+        assert found.equals(found.sort(keys))
+        counts = ours.firing_counts[layer]["n_tokens"].to_numpy().astype(np.int64)
+        assert np.abs(counts - plain.n_tokens[layer.hookpoint].numpy()).sum() <= 4e-5 * n
 
 
-def _coder() -> TopKCoder:
-    generator = torch.Generator().manual_seed(0)
-    encoder = torch.randn(NUM_LATENTS, D_IN, generator=generator) / D_IN**0.5
-    return TopKCoder(
-        encoder=encoder,
-        bias=torch.zeros(NUM_LATENTS),
-        decoder=encoder,
-        b_dec=0.1 * torch.randn(D_IN, generator=generator),
-        k=K,
-    )
+def _setup(case: Case, folder: Path) -> Setup:
+    model = _model(case, folder / "model")
+    _ = model.base_model  # loaded before the clock runs
+    dataset = zipf_dataset(N_CONTEXTS, CONTEXT_LEN, VOCAB)
+    dataset = TokenDataset(
+        dataset.tokens, dataset.offsets, dataset.contexts, dataset.documents, bos_id=None
+    )  # the plain version keeps what fires on BOS
+    layers = [LayerKey("sae", f"layers.{index}") for index in case.hooked]
+    make = _jump_relu if case.jumps else _topk
+    return Setup(model, dataset, {x: make(case.d_in, i) for i, x in enumerate(layers)}, folder)
 
 
-def _model(folder: Path) -> SubjectModel:
+def _topk(d_in: int, seed: int) -> TopKCoder:
+    generator = torch.Generator().manual_seed(seed)
+    encoder = torch.randn(NUM_LATENTS, d_in, generator=generator) / d_in**0.5
+    b_dec = 0.1 * torch.randn(d_in, generator=generator)
+    return TopKCoder(encoder, torch.zeros(NUM_LATENTS), encoder, b_dec, K)
+
+
+def _jump_relu(d_in: int, seed: int) -> JumpReLUCoder:
+    coder = _topk(d_in, seed)
+    threshold = torch.full((NUM_LATENTS,), JUMP_THRESHOLD)
+    return JumpReLUCoder(coder.encoder, coder.bias, threshold, coder.decoder, coder.b_dec)
+
+
+def _model(case: Case, folder: Path) -> SubjectModel:
     tokenizer = Tokenizer(WordLevel({f"t{i}": i for i in range(VOCAB)}))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="t0").save_pretrained(folder)
     model = GPTNeoXForCausalLM(
         GPTNeoXConfig(
             vocab_size=VOCAB,
-            hidden_size=D_IN,
-            intermediate_size=4 * D_IN,
-            num_hidden_layers=N_LAYERS,
-            num_attention_heads=8,
+            hidden_size=case.d_in,
+            intermediate_size=4 * case.d_in,
+            num_hidden_layers=case.n_layers,
+            num_attention_heads=case.n_heads,
             max_position_embeddings=CONTEXT_LEN,
         )
     )

@@ -2,7 +2,8 @@
 
 1. Forward a chunk of equal-length contexts, BOS included, to the last hookpoint and no further.
 2. Per layer, encode every position but BOS and keep the activations above zero.
-3. Round them to bfloat16 (float16 would overflow at 65,504) and sort them by latent.
+3. Round them to bfloat16 (float16 would overflow at 65,504) and pack each with its place into one
+   64-bit key, so that one sort of integers orders them by latent.
 
 A generator, so that memory holds one chunk; where the non-zeros go is the caller's business.
 """
@@ -13,15 +14,20 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 import torch
-from jaxtyping import Float, Float32, Int32, Int64, UInt16, UInt32
+from jaxtyping import Float, Float32, Int64, UInt16, UInt32
 from torch import Tensor, nn
 
 from autointerp_dagster.core.errors import ModelError
 from autointerp_dagster.core.hooks import captured_outputs
 from autointerp_dagster.core.schemas import FIRING_COUNTS
-from autointerp_dagster.core.sparse_coders import SparseCoder
+from autointerp_dagster.core.sparse_coders import SparseActivations, SparseCoder
 from autointerp_dagster.core.tokens import TokenDataset, context_batches
 from autointerp_dagster.core.types import LatentRange, LayerKey
+
+_TOKEN_BITS, _VALUE_BITS = 24, 16
+_MAX_LATENTS, _MAX_TOKENS = 1 << (63 - _TOKEN_BITS - _VALUE_BITS), 1 << _TOKEN_BITS
+_INFINITY = 0x7F80
+"""In bfloat16; NaN is above it."""
 
 
 class Nonzeros(NamedTuple):
@@ -93,8 +99,12 @@ def chunks_of(
     coders: Mapping[LayerKey, SparseCoder],
     batch_size: int,
     device: torch.device,
+    first_chunk: int = 0,
 ) -> Iterator[Chunk]:
     """Run the subject model over the dataset once, for all layers.
+
+    On a GPU a chunk's non-zeros travel to the host while the next chunk is computed, so the model
+    is one chunk ahead of what is yielded.
 
     Args:
         base_model: Hookpoints count from here; called as ``base_model(input_ids=..., use_cache=
@@ -103,38 +113,27 @@ def chunks_of(
         coders: On ``device``; several may share a hookpoint.
         batch_size: Contexts in one forward pass.
         device: Where the model is.
+        first_chunk: Chunks that are left out at the start, when a run goes on.
 
     Yields:
         One chunk per entry of :func:`tokens.context_batches`, in that order, with every layer.
 
     Raises:
-        ModelError: If the model gives NaN or infinity, or a hookpoint does not fit.
+        ModelError: If the dataset holds a token that the model does not know, the model gives NaN
+            or infinity, an activation is beyond bfloat16, or a hookpoint does not fit.
     """
-    for contexts in context_batches(dataset, batch_size):
-        tokens = np.stack([dataset.context_tokens(int(context)) for context in contexts])
-        yield Chunk(contexts, _encode_chunk(base_model, dataset, contexts, tokens, coders, device))
-
-
-def _encode_chunk(
-    base_model: nn.Module,
-    dataset: TokenDataset,
-    contexts: Int64[np.ndarray, " context"],
-    tokens: Int32[np.ndarray, "context position"],
-    coders: Mapping[LayerKey, SparseCoder],
-    device: torch.device,
-) -> dict[LayerKey, Nonzeros]:
-    first = dataset.first_visible
-    with torch.inference_mode():
-        with captured_outputs(base_model, (layer.hookpoint for layer in coders)) as outputs:
-            input_ids = torch.from_numpy(tokens).to(device=device, dtype=torch.int64)
-            base_model(input_ids=input_ids, use_cache=False)
-        visible = {name: hidden[:, first:] for name, hidden in outputs.items()}
-        for name, hidden in visible.items():
-            _refuse_non_finite(hidden, contexts, name)
-        return {
-            layer: nonzeros_of(coder, visible[layer.hookpoint], contexts, first)
-            for layer, coder in coders.items()
-        }
+    _refuse_unknown_tokens(base_model, dataset)
+    ahead: _Encoded | None = None
+    for contexts in context_batches(dataset, batch_size)[first_chunk:]:
+        hidden = _forward(base_model, dataset, contexts, coders, device)
+        if ahead is not None:
+            yield ahead.on_host()
+        ahead = _Encoded.of(hidden, coders, contexts, dataset.first_visible)
+        if device.type == "cpu":
+            yield ahead.on_host()
+            ahead = None
+    if ahead is not None:
+        yield ahead.on_host()
 
 
 def nonzeros_of(
@@ -142,6 +141,7 @@ def nonzeros_of(
     hidden: Float[Tensor, "context position d_in"],
     contexts: Int64[np.ndarray, " context"],
     first_position: int,
+    layer: LayerKey | None = None,
 ) -> Nonzeros:
     """Encode the vectors of some contexts and keep what is above zero.
 
@@ -150,21 +150,141 @@ def nonzeros_of(
         hidden: The hookpoint's output at every position that counts.
         contexts: Index of each context in the dataset, ascending.
         first_position: The position in its context that ``hidden[:, 0]`` stands for.
+        layer: For the message of an error.
+
+    Raises:
+        ModelError: If an activation is beyond bfloat16.
     """
-    n_positions = hidden.shape[1]
-    indices, values = coder.encode(hidden.flatten(0, 1))
-    rounded = values.to(torch.bfloat16)
-    token, slot = torch.nonzero(rounded > 0, as_tuple=True)
-    latent = indices[token, slot]
-    latent, order = torch.sort(latent, stable=True)  # rows come in (context, position) order
-    token, slot = token[order], slot[order]
-    row = token.cpu().numpy()
+    keys = _keys(coder.encode(hidden.flatten(0, 1)))
+    return _unpacked(keys.cpu().numpy(), contexts, hidden.shape[1], first_position, layer)
+
+
+class _Encoded(NamedTuple):
+    """A chunk on its way from the device to the host."""
+
+    contexts: Int64[np.ndarray, " context"]
+    n_positions: int
+    first_position: int
+    keys: dict[LayerKey, Tensor]
+    """Complete once ``copied`` is."""
+    copied: torch.cuda.Event | None
+
+    @classmethod
+    def of(
+        cls,
+        hidden: Mapping[str, Tensor],
+        coders: Mapping[LayerKey, SparseCoder],
+        contexts: Int64[np.ndarray, " context"],
+        first_position: int,
+    ) -> "_Encoded":
+        """Encode all layers and start to copy what fires."""
+        visible = {name: of[:, first_position:] for name, of in hidden.items()}
+        for name, of in visible.items():
+            _refuse_non_finite(of, contexts, name)
+        n_positions = next(iter(visible.values())).shape[1]
+        keys = {
+            layer: _keys(coder.encode(visible[layer.hookpoint].flatten(0, 1)))
+            for layer, coder in coders.items()
+        }
+        copied = None
+        if any(of.is_cuda for of in keys.values()):
+            keys, copied = _start_copies(keys)
+        return cls(contexts, n_positions, first_position, keys, copied)
+
+    def on_host(self) -> Chunk:
+        """Wait for the copy, and sort."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        place = (self.contexts, self.n_positions, self.first_position)
+        return Chunk(
+            self.contexts,
+            {layer: _unpacked(keys.numpy(), *place, layer) for layer, keys in self.keys.items()},
+        )
+
+
+def _forward(
+    base_model: nn.Module,
+    dataset: TokenDataset,
+    contexts: Int64[np.ndarray, " context"],
+    coders: Mapping[LayerKey, SparseCoder],
+    device: torch.device,
+) -> Mapping[str, Tensor]:
+    """What stands at each hookpoint; on a GPU this returns before it is computed."""
+    tokens = np.stack([dataset.context_tokens(int(context)) for context in contexts])
+    with torch.inference_mode():
+        input_ids = torch.from_numpy(tokens).to(torch.int64).to(device, non_blocking=True)
+        with captured_outputs(base_model, (layer.hookpoint for layer in coders)) as outputs:
+            base_model(input_ids=input_ids, use_cache=False)
+    return outputs
+
+
+def _keys(found: SparseActivations) -> Int64[Tensor, " nnz"]:
+    """Latent, token and the bits of the value in bfloat16, packed to be sorted as one integer."""
+    bits = found.value.to(torch.bfloat16).view(torch.int16).to(torch.int64)
+    places = found.latent << (_TOKEN_BITS + _VALUE_BITS) | found.token << _VALUE_BITS
+    return (places | bits)[bits > 0]
+
+
+def _start_copies(
+    keys: Mapping[LayerKey, Tensor],
+) -> tuple[dict[LayerKey, Tensor], torch.cuda.Event]:
+    """Copies in pinned host memory, complete at the event; the next forward pass runs beside."""
+    copying = torch.cuda.Stream()
+    copying.wait_stream(torch.cuda.current_stream())
+    on_host: dict[LayerKey, Tensor] = {}
+    with torch.cuda.stream(copying):
+        for layer, of in keys.items():
+            room = torch.empty(of.shape, dtype=of.dtype, pin_memory=True)
+            on_host[layer] = room.copy_(of, non_blocking=True)
+            of.record_stream(copying)  # its memory is not given away before it is copied
+    copied = torch.cuda.Event()
+    copied.record(copying)
+    return on_host, copied
+
+
+def _unpacked(
+    keys: Int64[np.ndarray, " nnz"],
+    contexts: Int64[np.ndarray, " context"],
+    n_positions: int,
+    first_position: int,
+    layer: LayerKey | None,
+) -> Nonzeros:
+    keys = np.sort(keys)
+    bits = (keys & ((1 << _VALUE_BITS) - 1)).astype(np.uint32)
+    row = (keys >> _VALUE_BITS) & (_MAX_TOKENS - 1)
+    latent = (keys >> (_TOKEN_BITS + _VALUE_BITS)).astype(np.uint32)
+    in_chunk, position = np.divmod(row.astype(np.uint32), np.uint32(n_positions))
+    context = contexts.astype(np.uint32)[in_chunk]
+    if (bits >= _INFINITY).any():
+        worst = int(np.argmax(bits >= _INFINITY))
+        raise ModelError(
+            f"{layer or 'coder'}, latent {latent[worst]}, context {context[worst]}: an activation "
+            "is beyond bfloat16 (3.4e38). Check the coder's weights: is it this hookpoint's?"
+        )
     return Nonzeros(
-        latent=latent.cpu().numpy().astype(np.uint32),
-        context=contexts[row // n_positions].astype(np.uint32),
-        position=(row % n_positions + first_position).astype(np.uint16),
-        activation=rounded[token, slot].float().cpu().numpy(),
+        latent=latent,
+        context=context,
+        position=(position + first_position).astype(np.uint16),
+        activation=(bits << 16).view(np.float32),
     )
+
+
+def _refuse_unknown_tokens(base_model: nn.Module, dataset: TokenDataset) -> None:
+    """A model without an embedding of the usual kind is left to complain by itself."""
+    embedding = getattr(base_model, "get_input_embeddings", lambda: None)()
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(weight, Tensor):
+        return
+    size = len(weight)
+    unknown = np.flatnonzero((dataset.tokens < 0) | (dataset.tokens >= size))
+    if unknown.size:
+        first = int(unknown[0])
+        context = int(np.searchsorted(dataset.offsets, first, side="right")) - 1
+        raise ModelError(
+            f"context {context}, position {first - int(dataset.offsets[context])}: token "
+            f"{dataset.tokens[first]}, the subject model's vocabulary has {size}. Make the token "
+            "dataset with this model's tokenizer."
+        )
 
 
 def _refuse_non_finite(

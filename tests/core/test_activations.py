@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autointerp_dagster.core.activations import Chunk, FiringCounts, Nonzeros, chunks_of
+from autointerp_dagster.core.activations import (
+    Chunk,
+    FiringCounts,
+    Nonzeros,
+    chunks_of,
+    nonzeros_of,
+)
 from autointerp_dagster.core.config import TokenConfig
 from autointerp_dagster.core.errors import ModelError
 from autointerp_dagster.core.sparse_coders import SparseActivations, TopKCoder
@@ -33,6 +39,9 @@ class TinyModel(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.embed = nn.Embedding.from_pretrained(torch.randn(VOCAB, D_IN, generator=generator))
         self.layers = nn.ModuleList(Mixer() for _ in range(3))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
 
     def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
         assert not use_cache
@@ -218,6 +227,68 @@ def test_nan_from_the_model_is_an_error_that_names_hookpoint_and_context() -> No
         list(chunks_of(model, dataset, {A: CODERS[A]}, 1, CPU))
 
 
+def test_an_unknown_token_is_an_error_before_the_first_forward_pass() -> None:
+    dataset = dataset_of()
+    tokens = dataset.tokens.copy()
+    tokens[dataset.offsets[5] + 3] = VOCAB
+    spy = EncodeSpy(CODERS[A], [])
+    chunks = chunks_of(TinyModel(), replace(dataset, tokens=tokens), {A: spy}, 1, CPU)
+    with pytest.raises(ModelError, match=r"context 5, position 3: token 128, .* has 128\."):
+        next(chunks)
+    assert spy.sizes == []
+
+
+def test_an_activation_beyond_bfloat16_is_an_error_that_names_layer_latent_and_context() -> None:
+    # float32 ends a little above bfloat16: the largest value of float32 rounds to infinity.
+    largest = torch.finfo(torch.float32).max
+    coder = TopKCoder(
+        encoder=torch.tensor([[0.0, 0.0], [1.0, 0.0]]),
+        bias=torch.zeros(2),
+        decoder=torch.zeros(2, 2),
+        b_dec=torch.zeros(2),
+        k=1,
+    )
+    hidden = torch.tensor([[[1.0, 0.0]], [[largest, 0.0]]])
+    with pytest.raises(ModelError, match=r"sae@layers\.0, latent 1, context 9: .*bfloat16"):
+        nonzeros_of(coder, hidden, np.array([4, 9]), 0, A)
+
+
+def test_an_activation_below_bfloat16_does_not_fire() -> None:
+    coder = replace(CODERS[A], encoder=torch.full((20, D_IN), 1e-42), k=1)
+    hidden = torch.ones(1, 1, D_IN)
+    assert coder.encode(hidden[0]).value.tolist() == [pytest.approx(6e-42, rel=0.1)]
+    assert nonzeros_of(coder, hidden, np.array([0]), 0).latent.size == 0
+
+
+def test_a_coder_that_fires_nowhere_gives_empty_columns() -> None:
+    silent = replace(CODERS[A], bias=torch.full((20,), -1e6))
+    counts = FiringCounts(20)
+    for chunk in run(dataset_of(), {A: silent}):
+        assert all(column.size == 0 for column in chunk.nonzeros[A])
+        counts.add(chunk.nonzeros[A])
+    assert counts.table()["n_tokens"].sum() == 0
+
+
+def test_a_latent_that_fires_on_every_token_is_counted_on_every_token() -> None:
+    dataset = dataset_of()
+    bias = torch.zeros(20)
+    bias[3] = 1e6
+    chunks = run(dataset, {A: replace(CODERS[A], bias=bias)})
+    n_visible = len(dataset.tokens) - dataset.contexts.height
+    rows = frame_of(chunks, A).filter(pl.col("latent") == 3)
+    assert rows.height == n_visible
+    assert rows.select("context", "position").is_unique().all()
+
+
+def test_a_run_that_goes_on_gives_the_chunks_that_were_left() -> None:
+    whole = run(dataset_of())
+    rest = list(chunks_of(TinyModel(), dataset_of(), CODERS, 3, CPU, first_chunk=2))
+    assert len(rest) == len(whole) - 2
+    for a, b in zip(rest, whole[2:], strict=True):
+        assert np.array_equal(a.contexts, b.contexts)
+        assert pl.DataFrame(a.nonzeros[C]._asdict()).equals(pl.DataFrame(b.nonzeros[C]._asdict()))
+
+
 @dataclass(frozen=True)
 class EncodeSpy:
     """A coder that notes how many tokens it was given at once."""
@@ -236,6 +307,9 @@ class EncodeSpy:
     def encode(self, x: Tensor) -> SparseActivations:
         self.sizes.append(len(x))
         return self.coder.encode(x)
+
+    def encoder_rows(self, latents: list[int]) -> Tensor:
+        return self.coder.encoder_rows(latents)
 
     def decoder_rows(self, latents: list[int]) -> Tensor:
         return self.coder.decoder_rows(latents)

@@ -29,7 +29,10 @@ def activations_of(
 ) -> Float32[Tensor, " token"]:
     """The activation of one latent for each vector; 0 where it does not fire."""
     active = coder.encode(hidden)
-    return torch.where(active.indices == latents[:, None], active.values, 0.0).sum(dim=-1)
+    is_asked_for = active.latent == latents.to(active.latent.device)[active.token]
+    found = torch.zeros(len(hidden), device=active.value.device)
+    found[active.token[is_asked_for]] = active.value[is_asked_for]
+    return found
 
 
 @contextmanager

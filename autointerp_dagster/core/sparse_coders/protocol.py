@@ -1,0 +1,56 @@
+"""What every stage may ask of a sparse coder, and what it is given."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor
+
+
+class SparseActivations(NamedTuple):
+    """What fires, one entry per pair of token and latent; a token may have none."""
+
+    token: Int64[Tensor, " nnz"]
+    """Row of the input, ascending."""
+    latent: Int64[Tensor, " nnz"]
+    """Distinct within a token, in no particular order there."""
+    value: Float32[Tensor, " nnz"]
+    """Raw coder units, > 0."""
+
+
+@runtime_checkable
+class SparseCoder(Protocol):
+    """What every stage may ask of a sparse coder."""
+
+    @property
+    def num_latents(self) -> int:
+        """Number of latents."""
+        ...
+
+    @property
+    def d_in(self) -> int:
+        """Width of the vectors that are encoded."""
+        ...
+
+    def encode(self, x: Float[Tensor, "token d_in"]) -> SparseActivations:
+        """The non-zero activations of each token; never a dense [token, num_latents] tensor."""
+        ...
+
+    def encoder_rows(self, latents: Sequence[int]) -> Float32[Tensor, "latent d_in"]:
+        """Direction that each latent reads from the input, in the order asked for."""
+        ...
+
+    def decoder_rows(self, latents: Sequence[int]) -> Float32[Tensor, "latent d_in"]:
+        """Direction that each latent adds to the output, in the order asked for."""
+        ...
+
+    def to(self, device: torch.device) -> "SparseCoder":
+        """The same coder, encoding on another device."""
+        ...
+
+
+def rows_of(matrix: Float[Tensor, "row d_in"], wanted: Sequence[int]) -> Float32[Tensor, "_ d_in"]:
+    """Some rows of a matrix in float32, in the order asked for, where the matrix is."""
+    index = torch.as_tensor(wanted, dtype=torch.int64, device=matrix.device)
+    return matrix[index].float()
