@@ -32,6 +32,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _spool_dir(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test goes on with what another run's pass left."""
+    os.environ["AUTOINTERP_SPOOL"] = str(tmp_path_factory.mktemp("spool"))
+
+
 @pytest.fixture(scope="session")
 def tiny_subject_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For ``SubjectModelConfig(source=str(folder), dtype="float32")``. Do not write in it."""

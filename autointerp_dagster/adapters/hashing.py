@@ -6,7 +6,7 @@ buffers or the Parquet library's version; that is what makes a rerun recognisabl
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 DIGEST_BYTES = 16
+HASH_BLOCK = 131_072
+"""Rows of a table that are hashed at once; also a row group of a table in the store."""
 
 
 class _Hasher(Protocol):
@@ -28,13 +30,33 @@ def json_hash(value: object) -> str:
 
 
 def table_hash(frame: pl.DataFrame) -> str:
-    """Hash of a table's columns (names, types, order) and rows, in the order given."""
+    """Hash of a table's columns (names, types, order) and rows, in the order given.
+
+    A table of more than ``HASH_BLOCK`` rows has the hash of its blocks' hashes, so that it can be
+    hashed while it is written, see :func:`blocks_hash`.
+    """
+    starts = range(0, max(frame.height, 1), HASH_BLOCK)
+    return blocks_hash([block_hash(frame.slice(start, HASH_BLOCK)) for start in starts])
+
+
+def block_hash(frame: pl.DataFrame) -> str:
+    """Hash of at most ``HASH_BLOCK`` rows; of a table that has no more, its hash."""
     hasher = hashlib.blake2b(digest_size=DIGEST_BYTES)
     hasher.update(f"table\0{frame.height}".encode())
     for name in frame.columns:
         hasher.update(f"\0{name}\0{frame.schema[name]}\0".encode())
         _feed(hasher, _one_chunk(frame.get_column(name).to_arrow()))
     return hasher.hexdigest()
+
+
+def blocks_hash(hashes: Sequence[str]) -> str:
+    """Hash of a table whose blocks of ``HASH_BLOCK`` rows, the last perhaps shorter, have these.
+
+    A table without rows has one empty block.
+    """
+    if len(hashes) == 1:
+        return hashes[0]
+    return json_hash({"table blocks": list(hashes)})
 
 
 def tensors_hash(tensors: Mapping[str, np.ndarray]) -> str:
@@ -59,7 +81,9 @@ def _one_chunk(array: Any) -> pa.Array:
 
 
 def _feed(hasher: _Hasher, array: pa.Array) -> None:
-    hasher.update(np.packbits(array.is_valid().to_numpy(zero_copy_only=False)).tobytes())
+    is_whole = array.null_count == 0
+    is_valid = np.ones(len(array), bool) if is_whole else np.asarray(array.is_valid())
+    hasher.update(np.packbits(is_valid).tobytes())
     kind = array.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         lengths = pc.fill_null(array.value_lengths(), 0)
@@ -68,7 +92,8 @@ def _feed(hasher: _Hasher, array: pa.Array) -> None:
     elif pa.types.is_boolean(kind):
         hasher.update(np.asarray(pc.fill_null(array, False)).astype(np.uint8).tobytes())
     elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        hasher.update(np.ascontiguousarray(pc.fill_null(array, 0)).tobytes())
+        numbers = array.to_numpy() if is_whole else np.asarray(pc.fill_null(array, 0))
+        hasher.update(np.ascontiguousarray(numbers).view(np.uint8).data)
     elif pa.types.is_null(kind):
         hasher.update(str(len(array)).encode())
     else:

@@ -13,10 +13,12 @@ import hashlib
 import io
 import logging
 import os
+import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -27,14 +29,27 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from upath import UPath
 
-from autointerp_dagster.adapters.hashing import table_hash, tensors_hash
+from autointerp_dagster.adapters.hashing import HASH_BLOCK, table_hash, tensors_hash
 from autointerp_dagster.adapters.manifests import Blob, Manifest, Part
+from autointerp_dagster.adapters.parquet import (
+    FilePart,
+    WrittenTable,
+    digest_of,
+    encodings,
+    write_frames,
+)
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.schemas import Table
 
-_ROW_GROUP = 131_072
-
 _logger = logging.getLogger(__name__)
+
+
+class StoredFrames(NamedTuple):
+    """A table that was written frame by frame."""
+
+    blob: Blob
+    file: WrittenTable
+    """Where its row groups lie."""
 
 
 class Store:
@@ -60,19 +75,71 @@ class Store:
             StoreError: If the store cannot be written, e.g. a full disk.
         """
         data = io.BytesIO()
-        pq.write_table(frame.to_arrow(), data, row_group_size=_ROW_GROUP, **_encodings(frame))
+        pq.write_table(frame.to_arrow(), data, row_group_size=HASH_BLOCK, **encodings(frame))
         return self._put_blob(
             name or table.name, data.getvalue(), "parquet", table_hash(frame), frame.height
         )
 
-    def put_tensors(self, name: str, tensors: Mapping[str, np.ndarray]) -> Blob:
+    def put_frames(
+        self, table: Table, frames: Iterable[pl.DataFrame], *, name: str | None = None
+    ) -> StoredFrames:
+        """Writes a table that comes in frames; only a part of it is ever in memory.
+
+        The blob is that of :meth:`put_table` on all frames together.
+
+        Args:
+            table: Its declaration.
+            frames: Rows in the order of ``table.key`` over all frames; cut anywhere.
+            name: As in :meth:`put_table`.
+
+        Raises:
+            StoreError: If the store cannot be written, e.g. a full disk.
+            ValueError: If rows are not in order, repeat a key, or have other columns.
+        """
+        is_local = self.root.protocol in ("", "file")
+        folder = Path(self.root.path) / "blobs" if is_local else Path(tempfile.gettempdir())
+        temporary = folder / f".{uuid.uuid4().hex}.tmp"
+        try:
+            with self._writes("blobs"):
+                folder.mkdir(parents=True, exist_ok=True)
+                with temporary.open("wb") as file:
+                    written = write_frames(file, table, frames)
+                    file.flush()
+                    os.fsync(file.fileno())
+                path = f"blobs/{written.checksum[:2]}/{written.checksum}.parquet"
+                self._take(temporary, path, is_local=is_local)
+        finally:
+            temporary.unlink(missing_ok=True)
+        blob = Blob(
+            name=name or table.name,
+            path=path,
+            content_hash=written.content_hash,
+            checksum=written.checksum,
+            n_bytes=written.n_bytes,
+            n_rows=written.n_rows,
+        )
+        return StoredFrames(blob, written)
+
+    def put_tensors(
+        self,
+        name: str,
+        tensors: Mapping[str, np.ndarray],
+        content: Collection[str] | None = None,
+    ) -> Blob:
         """Writes named arrays; equal bytes are stored once.
+
+        Args:
+            name: What the manifest calls it.
+            tensors: The arrays.
+            content: The arrays that say something; the others only tell how something happens to
+                be stored, and are not part of the content hash. Null: all.
 
         Raises:
             StoreError: If the store cannot be written.
         """
         arrays = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-        return self._put_blob(name, save_tensors(arrays), "safetensors", tensors_hash(arrays), None)
+        hashed = {key: arrays[key] for key in (arrays if content is None else content)}
+        return self._put_blob(name, save_tensors(arrays), "safetensors", tensors_hash(hashed), None)
 
     def table(self, blob: Blob, where: pc.Expression | None = None) -> pl.DataFrame:
         """Reads a table back.
@@ -97,6 +164,30 @@ class Store:
             StoreError: If the blob is missing or its bytes are not those that were written.
         """
         return load_tensors(self._verified_bytes(blob))
+
+    def read_parts(self, blob: Blob, parts: Sequence[FilePart]) -> bytes:
+        """Reads and checks part of a blob; nothing else of it is read.
+
+        Args:
+            blob: The blob.
+            parts: Which of its bytes: parts that follow each other without a gap, at least one.
+
+        Raises:
+            StoreError: If the blob is missing or damaged there.
+        """
+        path, start, stop = self.root / blob.path, parts[0].start, parts[-1].stop
+        data: Any = None
+        with self._reads(blob.path):
+            if self.root.protocol in ("", "file"):
+                with Path(path.path).open("rb") as file:
+                    file.seek(start)
+                    data = file.read(stop - start)
+            else:
+                data = path.fs.cat_file(path.path, start=start, end=stop)
+        for part in parts:
+            if digest_of(memoryview(data)[part.start - start : part.stop - start]) != part.digest:
+                raise self._damaged(blob, f"bytes {part.start} to {part.stop} are")
+        return data
 
     def commit(self, manifest: Manifest) -> Manifest:
         """Writes a manifest, which makes its blobs part of the store, and returns it as stored.
@@ -206,15 +297,23 @@ class Store:
     def _verified_bytes(self, blob: Blob) -> bytes:
         data = self._read(blob.path)
         if hashlib.sha256(data).hexdigest() != blob.checksum:
-            raise StoreError(
-                f"{self.root}/{blob.path} ({blob.name}): the checksum is not the one in its "
-                "manifest. The file is damaged; delete it and materialize its cell again."
-            )
+            raise self._damaged(blob, "the checksum is")
         return data
 
+    def _damaged(self, blob: Blob, what: str) -> StoreError:
+        return StoreError(
+            f"{self.root}/{blob.path} ({blob.name}): {what} not what its manifest says. "
+            "The file is damaged; delete it and materialize its cell again."
+        )
+
     def _read(self, path: str) -> bytes:
-        try:
+        with self._reads(path):
             return (self.root / path).read_bytes()
+
+    @contextmanager
+    def _reads(self, path: str) -> Iterator[None]:
+        try:
+            yield
         except FileNotFoundError as error:
             raise StoreError(
                 f"{self.root}/{path}: missing. Materialize the cell that wrote it again."
@@ -224,11 +323,27 @@ class Store:
 
     def _write(self, path: str, data: bytes) -> None:
         target = self.root / path
-        try:
+        with self._writes(path):
             if self.root.protocol in ("", "file"):
-                _write_locally(Path(target.path), data)
+                write_whole(Path(target.path), data)
             else:
                 target.fs.pipe_file(target.path, data)  # one PUT: all or nothing
+
+    def _take(self, temporary: Path, path: str, *, is_local: bool) -> None:
+        """Makes a finished local file the one at ``path``, unless it is there already."""
+        target = self.root / path
+        if target.exists():
+            return
+        if is_local:
+            Path(target.path).parent.mkdir(parents=True, exist_ok=True)
+            temporary.replace(target.path)
+        else:
+            target.fs.put_file(str(temporary), target.path)  # seen when it is whole
+
+    @contextmanager
+    def _writes(self, path: str) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise StoreError(
                 f"{self.root}/{path}: cannot be written: {error}. Nothing of it will be read; "
@@ -236,7 +351,12 @@ class Store:
             ) from error
 
 
-def _write_locally(target: Path, data: bytes) -> None:
+def write_whole(target: Path, data: bytes) -> None:
+    """Writes a local file: it is there with all of its bytes, on disk, or as it was before.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -247,19 +367,3 @@ def _write_locally(target: Path, data: bytes) -> None:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _encodings(frame: pl.DataFrame) -> dict[str, Any]:
-    """Parquet options: sorted integers and floats shrink 2x against the default encodings."""
-    encodings: dict[str, str] = {}
-    for name, kind in frame.schema.items():
-        if kind.is_integer():
-            encodings[name] = "DELTA_BINARY_PACKED"
-        elif kind.is_float():
-            encodings[name] = "BYTE_STREAM_SPLIT"
-    dictionary = [name for name in frame.columns if name not in encodings]
-    return {
-        "compression": "zstd",
-        "use_dictionary": dictionary or False,
-        "column_encoding": encodings or None,
-    }

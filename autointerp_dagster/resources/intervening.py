@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 
 from autointerp_dagster.adapters.datasets import read_dataset
+from autointerp_dagster.adapters.shards import ActivationShard
 from autointerp_dagster.adapters.steering import SteeredModel, rows_that_fit, text_ends
 from autointerp_dagster.adapters.subject_models import SubjectModel
 from autointerp_dagster.core.interventions.experiment import (
@@ -20,7 +21,6 @@ from autointerp_dagster.core.interventions.experiment import (
 from autointerp_dagster.core.interventions.prompts import prompts_of
 from autointerp_dagster.core.sampling import scored_latents
 from autointerp_dagster.core.schemas import (
-    ACTIVATIONS,
     INTERVENTION_PROMPTS,
     INTERVENTIONS,
     LATENTS,
@@ -86,7 +86,8 @@ class InterveningWork:
     def _prompts(
         self, cell: Cell, latents: Sequence[int], dataset: TokenDataset
     ) -> dict[int, pl.DataFrame]:
-        activations = self.stage.table("activation_cache", cell, ACTIVATIONS.name)
+        manifest = self.stage.input("activation_cache", cell)
+        activations = ActivationShard(self.stage.store, manifest).read_each(latents)
         wanted = np.array(latents, dtype=np.int64)
         splits = context_splits(dataset, self.study.sampling)
         found = prompts_of(activations, cell.layer, wanted, self.study.interventions, splits)

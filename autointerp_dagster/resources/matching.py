@@ -5,8 +5,8 @@ from itertools import combinations
 
 import numpy as np
 import polars as pl
-from pyarrow import compute
 
+from autointerp_dagster.adapters.shards import ActivationShard
 from autointerp_dagster.core.metrics import (
     Explained,
     explanation_similarity,
@@ -137,6 +137,5 @@ def _activations(
             continue
         manifest = stage.input("activation_cache", cell)
         if manifest.status == "ok":
-            where = compute.field("latent").isin(wanted)
-            tables.append(stage.store.table(manifest.blob(ACTIVATIONS.name), where))
+            tables.append(ActivationShard(stage.store, manifest).read_each(wanted))
     return pl.concat(tables)

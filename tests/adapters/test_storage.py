@@ -5,13 +5,14 @@ import sys
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 from upath import UPath
 
 from autointerp_dagster.adapters.manifests import Manifest, Part, Provenance, content_hash_of
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.core.errors import StoreError
-from autointerp_dagster.core.schemas import ACTIVATIONS, TABLES, WINDOWS
+from autointerp_dagster.core.schemas import ACTIVATIONS, TABLES, WINDOWS, Table
 
 
 def rows(n=3):
@@ -197,3 +198,83 @@ def test_activations_take_few_bytes_on_disk(tmp_path):
     )
     blob = Store(tmp_path).put_table(ACTIVATIONS, frame)
     assert blob.n_bytes / frame.height < 6
+
+
+def activations(n: int) -> pl.DataFrame:
+    frame = pl.DataFrame(
+        {
+            "latent": np.arange(n) // 1000,
+            "context": np.arange(n) % 1000 // 250,
+            "position": np.arange(n) % 250,
+            "activation": (np.arange(n) % 89 + 1).astype(np.float32),
+        }
+    )
+    return ACTIVATIONS.conform(frame)
+
+
+@pytest.mark.parametrize("n", [0, 1, 131_072, 300_000])
+@pytest.mark.parametrize("step", [1000, 131_072, 10**6])
+def test_a_table_written_in_frames_is_the_table_written_at_once(tmp_path, n, step):
+    whole, one, two = activations(n), Store(tmp_path / "a"), Store(tmp_path / "b")
+    frames = [ACTIVATIONS.empty(), *(whole[start : start + step] for start in range(0, n, step))]
+    blob = one.put_table(ACTIVATIONS, whole)
+    found = two.put_frames(ACTIVATIONS, frames)
+    assert found.blob.content_hash == blob.content_hash
+    assert found.blob.n_rows == n
+    assert two.table(found.blob).equals(whole)
+    if n:
+        assert found.blob == blob
+    data = (tmp_path / "b" / found.blob.path).read_bytes()
+    assert found.file.footer.stop == len(data) == found.blob.n_bytes
+    assert [part.start for part in found.file.row_groups[1:]] == [
+        part.stop for part in found.file.row_groups[:-1]
+    ]
+    assert [p.name for p in (tmp_path / "b" / "blobs").iterdir()] == [found.blob.checksum[:2]]
+
+
+def test_row_groups_lie_where_the_file_says(tmp_path):
+    found = Store(tmp_path).put_frames(ACTIVATIONS, [activations(300_000)])
+    metadata = pq.read_metadata(tmp_path / found.blob.path)
+    assert metadata.num_row_groups == len(found.file.row_groups) == 3
+    for i, part in enumerate(found.file.row_groups):
+        columns = [metadata.row_group(i).column(j) for j in range(4)]
+        assert part.start == min(column.data_page_offset for column in columns)
+        assert part.stop - part.start == sum(column.total_compressed_size for column in columns)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda frame: [frame[:10], frame[9:]],  # a row twice
+        lambda frame: [frame[10:], frame[:10]],
+        lambda frame: [frame[::-1]],
+    ],
+)
+def test_frames_out_of_order_are_refused_and_leave_nothing(store, cut):
+    with pytest.raises(ValueError, match="not in the order"):
+        store.put_frames(ACTIVATIONS, cut(activations(20)))
+    assert [p for p in (store.root / "blobs").rglob("*") if p.is_file()] == []
+
+
+def test_frames_with_null_keys_keep_the_order_of_conform(store):
+    lines = Table("lines", {"name": pl.String, "n": pl.UInt8}, ("name", "n"))
+    frame = lines.conform(pl.DataFrame({"name": ["b", None, "a", None], "n": [1, 2, None, None]}))
+    found = store.put_frames(lines, [frame[:2], frame[2:]])
+    assert store.table(found.blob).equals(frame)
+    with pytest.raises(ValueError, match="repeat a key"):
+        store.put_frames(lines, [frame, frame[3:]])
+
+
+def test_frames_of_other_columns_are_refused(store):
+    with pytest.raises(ValueError, match="table activations: a frame has"):
+        store.put_frames(ACTIVATIONS, [activations(3).drop("context")])
+
+
+def test_part_of_a_blob_reads_without_the_rest(store):
+    found = store.put_frames(ACTIVATIONS, [activations(300_000)])
+    whole = (store.root / found.blob.path).read_bytes()
+    parts = found.file.row_groups[1:]
+    assert store.read_parts(found.blob, parts) == whole[parts[0].start : parts[-1].stop]
+    wrong = parts[0]._replace(digest=bytes(16))
+    with pytest.raises(StoreError, match=r"bytes \d+ to \d+ are not what.*damaged; delete it"):
+        store.read_parts(found.blob, [wrong])

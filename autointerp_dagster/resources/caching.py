@@ -1,0 +1,147 @@
+"""The activation cache stage: one pass for many layers, then cell by cell into the store."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from autointerp_dagster.adapters.cache import (
+    CachedLayers,
+    PassIdentity,
+    cache_layers,
+    default_spool_dir,
+)
+from autointerp_dagster.adapters.coders import LoadedCoder
+from autointerp_dagster.adapters.datasets import read_dataset
+from autointerp_dagster.adapters.shards import write_shard
+from autointerp_dagster.adapters.subject_models import SubjectModel
+from autointerp_dagster.core.activation_statistics import StatisticsBuilder
+from autointerp_dagster.core.errors import StoreError
+from autointerp_dagster.core.schemas import FIRING_COUNTS, LATENT_STATISTICS
+from autointerp_dagster.core.tokens import TokenDataset
+from autointerp_dagster.core.types import Cell, LayerKey, Progress, WholeStudy
+from autointerp_dagster.resources.coders import Coders
+from autointerp_dagster.resources.plots import histogram
+from autointerp_dagster.resources.promoting import promoted_by_decoder
+from autointerp_dagster.resources.store import OUTSIDE_CODER, Commit, StageRun
+from autointerp_dagster.study import Study
+
+_DECIDING = ("device", "batch_size", "torch", "transformers")
+"""Of a model's execution: what may change the last bits, so that a pass is not gone on with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caching:
+    """The cells of one step; encoding is paid for whole layers, so they share one pass."""
+
+    stage: StageRun
+    study: Study
+    model: SubjectModel
+    coders: Coders
+    progress: Progress
+
+    def commit_layers(self, layers: Iterable[LayerKey]) -> None:
+        """Commits every pending cell of some layers, each as soon as it is sorted.
+
+        A pass that was killed goes on; what another left finished is only sorted and stored.
+        """
+        loaded = {layer: self.coders.of(self.study, layer) for layer in layers}
+        cells = [cell for cell in self.study.cells if cell.layer in loaded]
+        pending = self.stage.pending_cells(cells)
+        if not pending:
+            return
+        manifest = self.stage.input("token_dataset", WholeStudy())
+        dataset = read_dataset(self.stage.store, manifest)
+        with self._cached(pending, dataset, loaded, manifest.content_hash) as cached:
+            shown = self.progress(
+                pending, total=len(pending), description="storing", unit="range of latents"
+            )
+            for cell in shown:
+                self.stage.commit(cell, self._commit(cell, cached, dataset, loaded[cell.layer]))
+                cached.discard([cell])
+            cached.discard(self._stored(cached.cells()))
+
+    def _cached(
+        self,
+        cells: Sequence[Cell],
+        dataset: TokenDataset,
+        loaded: Mapping[LayerKey, LoadedCoder],
+        dataset_hash: str,
+    ) -> CachedLayers:
+        layers = sorted({cell.layer for cell in cells})
+        subject = {
+            "stage": [self.stage.stage.name, self.stage.stage.version],
+            "subject_model": self.model.identity(),
+            "dtype": self.model.config.dtype,
+            "dataset": dataset_hash,
+            **{name: self.model.execution[name] for name in _DECIDING},
+        }
+        return cache_layers(
+            self.model,
+            dataset,
+            {layer: loaded[layer].coder for layer in layers},
+            {layer: [cell.range for cell in cells if cell.layer == layer] for layer in layers},
+            default_spool_dir(),
+            self.progress,
+            PassIdentity(subject, {layer: loaded[layer].identity for layer in layers}),
+        )
+
+    def _stored(self, cells: Iterable[Cell]) -> list[Cell]:
+        """Those that the store has, e.g. of a run that was killed before it was done with them."""
+        mine = set(self.study.cells)
+        return [cell for cell in cells if cell in mine and self.stage.made(cell) is not None]
+
+    def _commit(
+        self, cell: Cell, cached: CachedLayers, dataset: TokenDataset, loaded: LoadedCoder
+    ) -> Commit:
+        counts = cached.firing_counts(cell.layer)
+        execution = {**self.model.execution, **cached.execution(cell.layer)}
+        mine = counts.slice(cell.range.start, cell.range.stop - cell.range.start)
+        if mine.is_empty():
+            return Commit([], {}, status=OUTSIDE_CODER, execution=execution)
+        latents = range(cell.range.start, cell.range.start + mine.height)
+        builder = StatisticsBuilder(dataset, latents)
+        frames = _observed(cached.frames(cell.layer, cell.range), builder)
+        store = self.stage.store
+        blobs = write_shard(store, frames, mine["n_tokens"].to_numpy().astype(np.int64))
+        promoted = promoted_by_decoder(self.model, loaded.coder, cell.layer, latents)
+        statistics = builder.table(cell.layer, *(promoted or (None, None)))
+        _refuse_lost(cell, statistics, mine)
+        blobs.append(store.put_table(FIRING_COUNTS, counts))
+        blobs.append(store.put_table(LATENT_STATISTICS, statistics))
+        summary, plots = _shown(mine)
+        return Commit(blobs, summary, execution=execution, shown=plots)
+
+
+def _observed(frames: Iterable[pl.DataFrame], builder: StatisticsBuilder) -> Iterator[pl.DataFrame]:
+    for frame in frames:
+        builder.add(frame)
+        yield frame
+
+
+def _refuse_lost(cell: Cell, statistics: pl.DataFrame, counts: pl.DataFrame) -> None:
+    found, counted = statistics["n_tokens"], counts["n_tokens"]
+    differ = (found != counted).arg_true()
+    if differ.len():
+        i = int(differ[0])
+        raise StoreError(
+            f"{cell}: latent {cell.range.start + i} has {found[i]} spooled activations, wanted the "
+            f"{counted[i]} that were counted. The spool is damaged: remove its folder in "
+            f"{default_spool_dir()} and run again."
+        )
+
+
+def _shown(counts: pl.DataFrame) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Counts for people, and a plot."""
+    alive = counts.filter(counts["n_tokens"] > 0)
+    summary = {
+        "n_nonzeros": int(counts["n_tokens"].sum()),
+        "n_latents": counts.height,
+        "n_alive": alive.height,
+        "dead_share": 1 - alive.height / counts.height,
+        "median_firing_tokens": alive.select(pl.col("n_tokens").cast(float).median()).item(),
+    }
+    plot = histogram(alive["n_tokens"], "tokens on which a latent fires", log=True)
+    return summary, {"firing_tokens": plot}
