@@ -14,6 +14,21 @@ HEAD = """# The tables
 Written by `scripts/write_data_docs.py` from `core/schemas/tables.py`; do not edit.
 Every table is a Parquet file, sorted by its key; a null is never a zero. `verdicts` are kept per
 scorer (`score_<scorer>`) and, like `explanations`, in one file per explainer.
+
+What is known of a latent's activations stands in three tables:
+
+| table | stage | rows | over which tokens |
+|---|---|---|---|
+| `firing_counts` | `activation_cache` | the layer | all |
+| `latent_statistics` | `activation_cache` | the range | all |
+| `latents` | `latent_records` | the range | all; `top_tokens`: activating `train` windows |
+
+All tokens: those of the corpus without BOS, also what a context has beyond its last whole window.
+Token counts, context counts and maxima are the same in all three tables. `top_tokens` are not:
+those of `latent_statistics` are for people, and no prompt may show them, because they know the
+windows that a judge is asked about. Promoted and suppressed tokens come from the weights alone, so
+a prompt may show them. `activation_histogram` has 64 bins, the same for every latent; their edges
+are `HISTOGRAM_EDGES` in `core/activation_statistics.py`.
 """
 
 
@@ -31,13 +46,23 @@ def main() -> int:
 
 def section(table: schemas.Table) -> str:
     """One table as Markdown."""
-    notes = comments(table.name.upper())
-    lines = [f"\n## {table.name}\n", f"Key: {', '.join(table.key)}\n"]
+    constant = table.name.upper()
+    notes, about = comments(constant), docstring(constant)
+    lines = [f"\n## {table.name}\n", *([f"{about}\n"] if about else [])]
+    lines += [f"Key: {', '.join(table.key)}\n"]
     lines += ["| column | type | meaning |", "|---|---|---|"]
     for name, kind in table.columns.items():
         shown = str(kind).replace("|", "\\|")
         lines.append(f"| `{name}` | {shown} | {notes.get(name, '')} |")
     return "\n".join(lines) + "\n"
+
+
+def docstring(constant: str) -> str:
+    """The text below a table's declaration; empty if there is none."""
+    pattern = rf'^{constant} = Table\(.*?^\)\n(?:"""(.*?)""")?'
+    match = re.search(pattern, inspect.getsource(tables), re.MULTILINE | re.DOTALL)
+    text = (match.group(1) or "") if match else ""
+    return text.replace("``", "`")
 
 
 def comments(constant: str) -> dict[str, str]:

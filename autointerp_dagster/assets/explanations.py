@@ -33,8 +33,6 @@ def build_explanations(study: Study) -> dg.AssetsDefinition:
         external = {"sparse_coders": lambda layer: coders.identity(study, layer)}
         with llms.open(context, study, store.of(study), parts) as opened:
             asked = {part: llm.identity for part, llm in opened.items()}
-            if study.shows_promoted:
-                asked["subject_model"] = subject.identity()
             with store.stage(
                 context, study, "explanations", models=asked, external=external
             ) as stage:

@@ -18,6 +18,7 @@ from autointerp_dagster.adapters.datasets import document_of, read_dataset
 from autointerp_dagster.adapters.llm import Entry, Journal, open_journal
 from autointerp_dagster.adapters.manifests import Manifest, Upstream
 from autointerp_dagster.adapters.storage import Store
+from autointerp_dagster.cli.latent_statistics import add_statistics
 from autointerp_dagster.core.errors import StudyError
 from autointerp_dagster.core.llm import JournalBlock
 from autointerp_dagster.core.schemas import EXPLANATIONS, VERDICTS
@@ -113,7 +114,7 @@ def walk_score(
     manifest: str | None,
     console: Console,
 ) -> None:
-    """Prints the walk of one latent's scores.
+    """Prints the walk of one latent's scores, and how it fires.
 
     Raises:
         StudyError: If the study has no such layer, latent or scorer, or it was never scored.
@@ -127,10 +128,15 @@ def walk_score(
             f"{study.name} {layer} latent {latent}: no score{f' by {scorer}' if scorer else ''}. "
             f"Run `autointerp run {study.name}` first."
         )
+    shown: set[str | None] = set()
     with open_journal(store.root) as journal:
         for found in manifests:
             walk = Walk.start(store, found)
             tree = Tree(f"[bold]{found.stage}[/] {escape(str(cell.layer))} latent {latent}")
+            cache = walk.ancestors.get("activation_cache")
+            if cache is not None and cache.path not in shown:  # the same for most scores
+                add_statistics(tree, study, store, cache, walk.dataset(), latent)
+                shown.add(cache.path)
             _add_verdicts(tree, walk, journal, cell.layer, latent)
             _add_manifests(tree, walk)
             console.print(tree)

@@ -8,14 +8,14 @@ the final norm. What is left out:
 * the mean logit over the tokens, which shifts all tokens of a direction alike (softmax).
 
 So only the order of the tokens means something. A ``LayerNorm`` (unlike an ``RMSNorm``) also
-subtracts the mean over the stream's coordinates: for it, pass directions with their mean removed.
+subtracts the mean over the stream's coordinates: for it, pass directions that are :func:`centred`.
 
 Source:
     nostalgebraist, "interpreting GPT: the logit lens" (2020), with the final norm's weight folded
     in as by Elhage et al., "A Mathematical Framework for Transformer Circuits" (2021).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,16 +78,26 @@ def promoted_and_suppressed(
     return _joined(high, n, rows), _joined(low, n, rows)
 
 
+def centred(directions: Float32[Tensor, "latent d_in"]) -> Float32[Tensor, "latent d_in"]:
+    """The directions without their mean over coordinates, which a ``LayerNorm`` takes off.
+
+    A constant row becomes exactly zero: what rounding leaves of it is no direction.
+    """
+    rest = directions - directions.mean(dim=1, keepdim=True)
+    is_constant = (directions == directions[:, :1]).all(dim=1, keepdim=True)
+    return rest.masked_fill(is_constant, 0)
+
+
 def promoted_tokens(
-    tokens: Int64[Tensor, "latent n"], text_of: Callable[[int], str]
+    tokens: Sequence[Sequence[int]], text_of: Callable[[int], str]
 ) -> list[tuple[str, ...]]:
     """The texts of each latent's tokens, for ``LatentRecord.promoted_tokens``.
 
     Args:
-        tokens: Of :func:`promoted_and_suppressed`.
+        tokens: Ids, as of :func:`promoted_and_suppressed`.
         text_of: The text of one token id; empty for a part of a character, which is left out.
     """
-    return [tuple(filter(None, map(text_of, row))) for row in tokens.tolist()]
+    return [tuple(filter(None, map(text_of, row))) for row in tokens]
 
 
 def _latent_blocks(n_latents: int) -> Iterator[tuple[int, int]]:

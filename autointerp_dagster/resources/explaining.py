@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow.compute as pc
 
-from autointerp_dagster.adapters.manifests import Part
+from autointerp_dagster.adapters.manifests import Blob, Part
 from autointerp_dagster.adapters.subject_models import SubjectModel
 from autointerp_dagster.core.config import (
     BestOfNExplainerConfig,
@@ -25,12 +26,17 @@ from autointerp_dagster.core.explainers import (
 from autointerp_dagster.core.explainers.output import OutputCase, explain_outputs
 from autointerp_dagster.core.latent_records import LatentRecord
 from autointerp_dagster.core.llm import LLM
-from autointerp_dagster.core.logit_lens import VERSION as LENS_VERSION
-from autointerp_dagster.core.logit_lens import promoted_and_suppressed, promoted_tokens
+from autointerp_dagster.core.logit_lens import promoted_tokens
 from autointerp_dagster.core.sampling import donors_of, scored_latents
-from autointerp_dagster.core.schemas import DONORS, EXPLANATIONS, SELECTION, UNDONE
+from autointerp_dagster.core.schemas import (
+    DONORS,
+    EXPLANATIONS,
+    LATENT_STATISTICS,
+    SELECTION,
+    UNDONE,
+)
 from autointerp_dagster.core.selection import SelectionModels, choose
-from autointerp_dagster.core.types import Cell, LayerKey, Progress, WholeStudy
+from autointerp_dagster.core.types import Cell, Progress, WholeStudy
 from autointerp_dagster.resources.coders import Coders
 from autointerp_dagster.resources.metering import UNMETERED, Meter, cost_of, offered, spent
 from autointerp_dagster.resources.plots import preview
@@ -41,8 +47,6 @@ from autointerp_dagster.resources.store import Commit, StageRun
 from autointerp_dagster.study import Study
 from autointerp_dagster.study.parameters import LLMPart, parts_of_explainer
 
-N_PROMOTED = 10
-"""Promoted tokens that an explainer is shown."""
 _SHOWN = ("latent", "explainer", "text")
 
 
@@ -56,7 +60,7 @@ class ExplainingWork:
     """Of every part that an explainer asks."""
     coders: Coders
     subject: SubjectModel
-    """For its detokenizer, and its unembedding where promoted tokens are shown."""
+    """For its detokenizer; its weights are not needed."""
     progress: Progress
     meter: Meter = UNMETERED
     """Of ``llms`` together."""
@@ -90,8 +94,7 @@ class ExplainingWork:
         if isinstance(config, OutputExplainerConfig):
             parameters["interventions"] = self.stage.input("interventions", cell).content_hash
         if _shows_promoted(config):
-            parameters["lens"] = [LENS_VERSION, self.subject.identity()]
-            parameters["coder"] = self.coders.identity(self.study, cell.layer)
+            parameters["statistics"] = self._statistics(cell).content_hash
         return parameters
 
     def explanations(
@@ -126,18 +129,19 @@ class ExplainingWork:
         records = read_records(self.stage, cell, latents)
         if not _shows_promoted(config):
             return records
-        promoted = self._promoted(cell.layer, latents)
+        promoted = self._promoted(cell, latents)
         return (replace(r, promoted_tokens=promoted[r.latent.index]) for r in records)
 
-    def _promoted(self, layer: LayerKey, latents: Sequence[int]) -> dict[int, tuple[str, ...]]:
-        directions = self.coders.of(self.study, layer).coder.decoder_rows(latents)
-        lens = self.subject.unembedding()
-        if lens.centres:
-            directions = directions - directions.mean(dim=1, keepdim=True)
-        most, _ = promoted_and_suppressed(directions, lens.weight, lens.norm_weight, N_PROMOTED)
+    def _statistics(self, cell: Cell) -> Blob:
+        return self.stage.input("activation_cache", cell).blob(LATENT_STATISTICS.name)
+
+    def _promoted(self, cell: Cell, latents: Sequence[int]) -> dict[int, tuple[str, ...]]:
+        """Texts per latent; none for a decoder that writes elsewhere than before the head."""
+        rows = self.stage.store.table(self._statistics(cell), pc.field("latent").isin(latents))
+        ids = rows["promoted_tokens"].fill_null([]).to_list()
         pieces = self.subject.detokenizer.pieces
-        tokens = promoted_tokens(most, lambda token: "".join(pieces(np.array([token]))))
-        return dict(zip(latents, tokens, strict=True))
+        texts = promoted_tokens(ids, lambda token: "".join(pieces(np.array([token]))))
+        return dict(zip(rows["latent"].to_list(), texts, strict=True))
 
     def _output_cases(
         self, cell: Cell, config: OutputExplainerConfig, records: Iterator[LatentRecord]

@@ -31,6 +31,7 @@ from autointerp_dagster.core.types import (
 )
 from autointerp_dagster.resources.coders import Coders
 from autointerp_dagster.resources.corpora import Corpora
+from autointerp_dagster.resources.embedders import Embedders
 from autointerp_dagster.resources.explaining import ExplainingWork
 from autointerp_dagster.resources.judging import answering
 from autointerp_dagster.resources.models import SubjectModels
@@ -48,7 +49,14 @@ from autointerp_dagster.study.parameters import (
 from autointerp_dagster.study.stages import stages_of
 
 EXPLAIN = "explanations"
-_UPSTREAM = ("token_dataset", "activation_cache", "latent_records", "interventions")
+_UPSTREAM = (
+    "token_dataset",
+    "activation_cache",
+    "neighbours",
+    "window_embeddings",
+    "latent_records",
+    "interventions",
+)
 """What the questions may rest on, in the order of the data; no language model is asked for it."""
 _OVER = object()
 
@@ -202,7 +210,8 @@ class Survey:
 
     def _has_records(self, cell: Cell) -> bool:
         """Whether a run would find the cell's records as they are, and all that they rest on."""
-        places: dict[str, Place] = {"token_dataset": WholeStudy()}
+        whole = WholeStudy()
+        places: dict[str, Place] = {"token_dataset": whole, "window_embeddings": whole}
         # In the order of the data: a stage is looked at only if its inputs are there.
         return all(s.is_current(places.get(name, cell)) for name, s in self._upstream.items())
 
@@ -327,11 +336,20 @@ class Survey:
             "corpus": lambda _: corpus.identity(),
             "sparse_coders": self._coder_version,
         }
+        made = {stage.name for stage in stages_of(self.study)}
         return {
-            name: StageInputs.of(self.store, self.study, name, external=external)
+            name: StageInputs.of(
+                self.store, self.study, name, models=self._asked_by(name), external=external
+            )
             for name in _UPSTREAM
-            if name != "interventions" or self.study.intervenes
+            if name in made
         }
+
+    def _asked_by(self, name: str) -> dict[str, str]:
+        """Identities of the models that such a stage asks."""
+        if name != "window_embeddings":
+            return {}
+        return {"embedder": Embedders().of(self.study).identity}
 
     def _coder_version(self, place: Place) -> str:
         assert isinstance(place, LayerKey)  # the scope of sparse_coders
@@ -342,8 +360,6 @@ class Survey:
         llms: dict[LLMPart, LLM] = {part: self._llms[part] for part in parts}
         subject = SubjectModels().of(self.study)
         asked = {part: llm.identity for part, llm in llms.items()}
-        if self.study.shows_promoted:
-            asked["subject_model"] = subject.identity()
         stage = StageInputs.of(
             self.store,
             self.study,

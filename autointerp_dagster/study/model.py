@@ -333,14 +333,6 @@ class Study(Parameters, frozen=True):
         }
 
     @property
-    def shows_promoted(self) -> bool:
-        """Whether an explainer is shown the tokens that latents promote."""
-        return any(
-            isinstance(config, DefaultExplainerConfig) and config.show_promoted
-            for config in self.explainers.values()
-        )
-
-    @property
     def matches_layers(self) -> bool:
         """Whether latents of two layers are matched and their explanations compared."""
         return len(self.layer_keys) > 1 and self.models.embedder is not None

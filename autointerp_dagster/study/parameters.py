@@ -18,6 +18,7 @@ from autointerp_dagster.core.config import (
 )
 from autointerp_dagster.core.explainers import make_explainer
 from autointerp_dagster.core.explainers.output import VERSION as OUTPUT_VERSION
+from autointerp_dagster.core.logit_lens import VERSION as LENS_VERSION
 from autointerp_dagster.core.scorers import EXPLANATION_FREE, LABEL_SCORERS, SCORERS
 from autointerp_dagster.core.selection import VERSION as SELECTION_VERSION
 from autointerp_dagster.study.model import Study
@@ -35,6 +36,8 @@ def parameters_of(study: Study, stage: str) -> dict[str, Any]:
     match stage:
         case "token_dataset":
             return study.tokens.identity()
+        case "activation_cache":
+            return {"logit_lens": LENS_VERSION}
         case "neighbours":
             return _neighbour_parameters(study)
         case "window_embeddings":
@@ -129,8 +132,6 @@ def models_asked(study: Study, stage: str) -> dict[str, Any]:
     embeds = stage in ("score_embedding", "score_example_embedding", "window_embeddings")
     if embeds or (stage == "study_metrics" and study.matches_layers):
         asked["embedder"] = study.models.embedder
-    if stage == "explanations" and study.shows_promoted:
-        asked["subject"] = study.models.subject
     return {part: config.identity() for part, config in asked.items() if config is not None}
 
 

@@ -5,7 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autointerp_dagster.core import logit_lens
-from autointerp_dagster.core.logit_lens import promoted_and_suppressed, promoted_tokens
+from autointerp_dagster.core.logit_lens import (
+    centred,
+    promoted_and_suppressed,
+    promoted_tokens,
+)
 
 
 def random_problem(seed, n_latents, n_tokens, d_in):
@@ -100,8 +104,29 @@ def test_inputs_are_not_changed():
 
 def test_tokens_become_texts_and_those_without_are_left_out():
     texts = {0: " river", 1: "", 2: "sea"}
-    tokens = torch.tensor([[2, 1, 0], [1, 1, 1]])
-    assert promoted_tokens(tokens, texts.__getitem__) == [("sea", " river"), ()]
+    tokens = [[2, 1, 0], [1, 1, 1], []]
+    assert promoted_tokens(tokens, texts.__getitem__) == [("sea", " river"), (), ()]
+
+
+def test_a_layer_norm_takes_the_mean_off_before_the_head_sees_a_direction():
+    directions, unembedding, norm = random_problem(5, 8, 60, 6)
+    layer_norm = torch.nn.LayerNorm(6, eps=0, elementwise_affine=False)
+    stream = 1e4 * torch.ones(6) * torch.tensor([1.0, -1, 1, -1, 1, -1])
+    with torch.inference_mode():  # what a small step along each direction does to the logits
+        change = (layer_norm(stream + directions) - layer_norm(stream)).double()
+        along = (layer_norm(stream).double() * centred(directions).double()).sum(1, keepdim=True)
+        change += layer_norm(stream).double() * along / 6 / 1e4  # the norm divides by the size
+        logits = change * norm @ unembedding.T.double()
+    high, low = promoted_and_suppressed(centred(directions), unembedding, norm, 3)
+    order = logits.argsort(dim=1, descending=True)
+    assert torch.equal(high, order[:, :3])
+    assert torch.equal(low, order.flip(1)[:, :3])
+
+
+def test_a_direction_that_is_the_same_everywhere_is_nothing_once_centred():
+    rows = centred(torch.tensor([[0.1] * 3, [0.1, 0.1, 0.4], [0.0] * 3]))
+    assert rows[0].tolist() == rows[2].tolist() == [0, 0, 0]
+    assert rows[1].tolist() == pytest.approx([-0.1, -0.1, 0.2])
 
 
 @pytest.mark.gpu

@@ -48,6 +48,7 @@ def test_why_walks_to_documents_prompts_and_weights(small):
     assert named
     assert set(named) <= set(documents)
     assert "judged by call" in answer.stdout
+    assert "promoted by the decoder: '" in answer.stdout
     assert "Description:" in answer.stdout
     assert f"explanation of latent {row['explanation_of']} (other)" in answer.stdout
 

@@ -66,7 +66,7 @@ LATENT_STATISTICS = Table(
         "n_contexts": pl.UInt64,
         "max_activation": pl.Float32,  # null for a dead latent, like all below but the lists
         "mean_activation": pl.Float64,  # over firing tokens
-        "activation_histogram": pl.List(pl.UInt64),  # firing tokens per bin, see core.statistics
+        "activation_histogram": pl.List(pl.UInt64),  # firing tokens between HISTOGRAM_EDGES
         "top_tokens": pl.List(pl.UInt32),  # by summed activation over the whole corpus, descending
         "top_token_shares": pl.List(pl.Float64),  # of the summed activation
         "single_token_share": pl.Float64,  # of firing tokens, the most frequent token's
