@@ -16,8 +16,10 @@ import polars as pl
 
 from autointerp_dagster.core.config import SamplingConfig
 from autointerp_dagster.core.latent_records import RecordTables
+from autointerp_dagster.core.negatives.permuting import (
+    permuted,
+)  # the same draw, or nothing compares
 from autointerp_dagster.core.rng import address_key, hash_priority
-from autointerp_dagster.core.negatives.silent import _permuted  # the same draw, or nothing compares
 from autointerp_dagster.core.schemas import LATENTS, WINDOWS
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import LayerKey
@@ -192,7 +194,7 @@ class Latent:
         while first < len(members):
             index = np.arange(first, min(first + step, len(members)))
             size = np.full(len(index), len(members))
-            at = _permuted(index, size, np.repeat(key, len(index)))
+            at = permuted(index, size, np.repeat(key, len(index)))
             yield from (members[i] for i in at.tolist())
             first += step
 
@@ -201,6 +203,8 @@ class Latent:
         if mine.isdisjoint(self._shown_grams):
             return False
         threshold = self.shared.config.near_duplicate_jaccard
+        if threshold is None:
+            return False
         others = (self.shared.grams_of(other) for other in shown)
         return any(len(mine & other) / len(mine | other) >= threshold for other in others)
 

@@ -47,8 +47,13 @@ def hash_priority(
 
 
 def _finalise(value: UInt64[np.ndarray, " item"]) -> UInt64[np.ndarray, " item"]:
-    with np.errstate(over="ignore"):
-        value = value + np.uint64(0x9E3779B97F4A7C15)
-        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return value ^ (value >> np.uint64(31))
+    value = value + np.uint64(0x9E3779B97F4A7C15)
+    shifted = value >> np.uint64(30)
+    value ^= shifted
+    value *= np.uint64(0xBF58476D1CE4E5B9)
+    np.right_shift(value, np.uint64(27), out=shifted)
+    value ^= shifted
+    value *= np.uint64(0x94D049BB133111EB)
+    np.right_shift(value, np.uint64(31), out=shifted)
+    value ^= shifted
+    return value

@@ -1,10 +1,18 @@
-from collections import Counter, defaultdict
-from functools import cached_property
+from collections import defaultdict
 
 import numpy as np
 import polars as pl
 import pytest
 from dataset_builders import BOS, make_dataset, random_documents
+from record_oracle import (
+    LAYER,
+    Oracle,
+    activations_of,
+    counts_of,
+    random_cache,
+    records,
+    small_config,
+)
 
 from autointerp_dagster.core.config import SamplingConfig
 from autointerp_dagster.core.latent_records import (
@@ -13,223 +21,11 @@ from autointerp_dagster.core.latent_records import (
     record_counts,
     records_in_order,
 )
-from autointerp_dagster.core.rng import address_key, hash_priority
-from autointerp_dagster.core.negatives.silent import _permuted
-from autointerp_dagster.core.schemas import ACTIVATIONS, FIRING_COUNTS, LATENTS, WINDOWS
+from autointerp_dagster.core.schemas import LATENTS, WINDOWS
 from autointerp_dagster.core.types import LayerKey
 from autointerp_dagster.core.windows import SPLITS, window_grid
 
-LAYER = LayerKey("sae", "layers.9")
-Row = tuple[int, int, int, float]
-
-
-def activations_of(rows: list[Row]) -> pl.DataFrame:
-    return pl.DataFrame(rows, schema=dict(ACTIVATIONS.columns), orient="row")
-
-
-def counts_of(rows: list[Row], n_latents: int) -> pl.DataFrame:
-    tokens, contexts = Counter(r[0] for r in rows), defaultdict(set)
-    for latent, context, _, _ in rows:
-        contexts[latent].add(context)
-    return FIRING_COUNTS.conform(
-        pl.DataFrame(
-            {
-                "latent": range(n_latents),
-                "n_tokens": [tokens[i] for i in range(n_latents)],
-                "n_contexts": [len(contexts[i]) for i in range(n_latents)],
-                "max_activation": [
-                    max((r[3] for r in rows if r[0] == i), default=None) for i in range(n_latents)
-                ],
-            },
-            schema_overrides={"max_activation": pl.Float32},
-        )
-    )
-
-
-def records(dataset, rows, n_latents, config, latents=None, layer=LAYER) -> RecordTables:
-    latents = range(n_latents) if latents is None else latents
-    mine = [r for r in rows if r[0] in latents]
-    counts = counts_of(rows, n_latents)
-    return latent_records_of(activations_of(mine), counts, dataset, layer, latents, config)
-
-
-def small_config(**changes) -> SamplingConfig:
-    defaults = {
-        "window_len": 8, "n_train": 6, "n_select": 4, "n_test": 10, "n_negative_train": 12,
-        "n_negative_select": 4, "n_negative_test": 12, "n_quantiles": 3, "min_tokens": 6,
-        "min_test_windows": 1, "split_block": 2,
-    }  # fmt: skip
-    return SamplingConfig(**{**defaults, **changes})
-
-
-def random_cache(seed: int, rates: list[float], n_documents: int = 36, n_ids: int = 500):
-    """Contexts of unequal lengths; latent i fires on a token with probability ``rates[i]``."""
-    rng = np.random.default_rng(seed)
-    documents = [
-        (content, [c[: rng.integers(2, len(c) + 1)] for c in contexts])
-        for content, contexts in random_documents(seed, n_documents, n_ids, 5, 30)
-    ]
-    # Copies with another last token: near-duplicates that land in splits of their own.
-    documents += [
-        (f"copy-{content}", [[*c[:-1], n_ids + 1] for c in contexts])
-        for content, contexts in documents[: n_documents // 2]
-    ]
-    dataset = make_dataset(documents)
-    values = np.array([0.5, 1.0, 1.5, 2.0, 4.0, 7.0], dtype=np.float32)  # few: ties
-    rows = [
-        (latent, context, position, float(rng.choice(values)))
-        for latent, rate in enumerate(rates)
-        for context in range(len(dataset.offsets) - 1)
-        for position in range(1, len(dataset.context_tokens(context)))
-        if rng.random() < rate
-    ]
-    return dataset, rows
-
-
 RATES = [0.03, 0.0, 0.05, 0.001, 0.15, 1.0, 0.02, 0.03]
-
-
-# ---- a plain implementation of what the docstrings say ------------------------------------------
-
-
-class Oracle:
-    """One latent's record, by loops over windows."""
-
-    def __init__(self, dataset, rows, latent, config):
-        self.dataset, self.config, self.latent = dataset, config, latent
-        self.grid = window_grid(dataset, config)  # tested by hand in test_windows
-        self.rows = sorted(r for r in rows if r[0] == latent)
-        self.fired: dict[int, dict[int, float]] = defaultdict(dict)
-        for _, context, position, value in self.rows:
-            window = int(self.grid.window_at(np.array([context]), np.array([position]))[0])
-            if window >= 0:
-                self.fired[window][position] = value
-        self.grams_of: dict[int, set[tuple[int, ...]]] = {}
-        self.address = address_key(config.seed, LAYER, latent, "windows")
-
-    def hashed(self, purpose: int, item: int) -> int:
-        key = hash_priority(self.address, np.array([purpose]))
-        return int(hash_priority(key, np.array([item], dtype=np.uint64))[0])
-
-    def id(self, window: int) -> int:
-        return int(self.grid.window_id[window])
-
-    def max(self, window: int) -> float:
-        return max(self.fired[window].values())
-
-    def split(self, window: int) -> str:
-        return SPLITS[self.grid.split[window]]
-
-    def in_split(self, name: str) -> list[int]:
-        return [w for w in sorted(self.fired) if self.split(w) == name]
-
-    def status(self) -> str:
-        if not self.rows:
-            return "dead"
-        n_test = len(self.in_split("test"))
-        if len(self.rows) < self.config.min_tokens or n_test < self.config.min_test_windows:
-            return "rare"
-        rate = len(self.fired) / self.grid.n_windows
-        return "dense" if rate > self.config.max_window_firing_rate else "ok"
-
-    def grams(self, window: int) -> set[tuple[int, ...]]:
-        if window not in self.grams_of:
-            start = int(self.grid.start[window])
-            tokens = self.dataset.context_tokens(int(self.grid.context[window]))
-            shown = tokens[max(1, start) : start + self.config.window_len].tolist()
-            n = min(8, self.config.window_len - 1)
-            self.grams_of[window] = {tuple(shown[i : i + n]) for i in range(len(shown) - n + 1)}
-        return self.grams_of[window]
-
-    def is_repeat(self, window: int, shown: list[int]) -> bool:
-        a = self.grams(window)
-        for other in shown:
-            b = self.grams(other)
-            if len(a & b) / len(a | b) >= self.config.near_duplicate_jaccard:
-                return True
-        return False
-
-    @cached_property
-    def strongest_first(self) -> list[int]:
-        return sorted(self.fired, key=lambda w: (-self.max(w), self.hashed(0, self.id(w))))
-
-    def quantile(self, window: int) -> int:
-        order = self.strongest_first
-        return order.index(window) * self.config.n_quantiles // len(order)
-
-    def draw(self, windows: list[int], n: int) -> list[int]:
-        """By turns over the quantiles."""
-        queues: dict[int, list[int]] = defaultdict(list)
-        for window in sorted(windows, key=lambda w: self.hashed(1, self.id(w))):
-            queues[self.quantile(window)].append(window)
-        turn = {w: i for queue in queues.values() for i, w in enumerate(queue)}
-        return sorted(windows, key=lambda w: (turn[w], self.hashed(1, self.id(w))))[:n]
-
-    def silent(self, split: int, chosen: list[int], n: int, shown: list[int]):
-        """Drawn silent windows, and how many near-duplicates were passed over."""
-        places = [int(self.grid.place[w]) for w in chosen]
-        wanted = Counter(places[i % len(places)] for i in range(n)) if places else Counter()
-        drawn: list[int] = []
-        passed_over = 0
-        for place, quota in wanted.items():
-            members = np.flatnonzero((self.grid.split == split) & (self.grid.place == place))
-            key = np.array([self.hashed(2, place * 3 + split)], dtype=np.uint64)
-            for i in range(len(members)):
-                if quota == 0:
-                    break
-                at = _permuted(np.array([i]), np.array([len(members)]), key)[0]
-                window = int(members[at])
-                if self.is_active(window):
-                    continue
-                if split != 0 and self.is_repeat(window, shown):
-                    passed_over += 1
-                    continue
-                drawn.append(window)
-                quota -= 1
-        return drawn, passed_over
-
-    def is_active(self, window: int) -> bool:
-        if self.config.silent_scope == "window":
-            return window in self.fired
-        return any(r[1] == self.grid.context[window] for r in self.rows)
-
-    def windows(self) -> tuple[list[tuple], int]:
-        """Rows (split, is_activating, window_id, quantile, rank, maximum, activations)."""
-        config = self.config
-        rows, shown, n_dropped = [], [], 0
-        for code, split in enumerate(SPLITS):
-            candidates = self.in_split(split)
-            if split != "train":
-                kept = [w for w in candidates if not self.is_repeat(w, shown)]
-                n_dropped += len(candidates) - len(kept)
-                candidates = kept
-            chosen = self.draw(candidates, getattr(config, f"n_{split}"))
-            n_silent = getattr(config, f"n_negative_{split}")
-            silent, passed_over = self.silent(code, chosen, n_silent, shown)
-            n_dropped += passed_over
-            shown = [*shown, *chosen, *silent]
-            if split == "train":
-                used = [w for w in self.strongest_first if w in chosen]
-            else:
-                used = sorted(chosen, key=lambda w: self.hashed(3, self.id(w)))
-            for rank, w in enumerate(used):
-                start = int(self.grid.start[w])
-                values = [self.fired[w].get(start + i, 0.0) for i in range(config.window_len)]
-                row = (split, True, self.id(w), self.quantile(w), rank, self.max(w), values)
-                rows.append(row)
-            for rank, w in enumerate(sorted(silent, key=lambda w: self.hashed(3, self.id(w)))):
-                rows.append((split, False, self.id(w), None, rank, None, None))
-        return sorted(rows, key=lambda r: r[:3]), n_dropped
-
-    def top_tokens(self) -> list[tuple[int, float]]:
-        sums: dict[int, float] = defaultdict(float)
-        for window in self.in_split("train"):
-            tokens = self.dataset.context_tokens(int(self.grid.context[window]))
-            for position, value in self.fired[window].items():
-                sums[int(tokens[position])] += value
-        total = sum(sums.values())
-        ranked = sorted(sums.items(), key=lambda item: (-item[1], item[0]))
-        return [(token, value / total) for token, value in ranked[:8]]
 
 
 @pytest.mark.parametrize(
@@ -239,6 +35,9 @@ class Oracle:
         (1, {"silent_scope": "context", "n_quantiles": 10}),
         (2, {"near_duplicate_jaccard": 0.3, "window_len": 12, "seed": 5}),
         (3, {"n_select": 0, "n_train": 1, "min_test_windows": 8}),
+        (7, {"window_mode": "centred"}),
+        (5, {"window_mode": "centred", "near_duplicate_jaccard": 0.3, "window_len": 12}),
+        (6, {"window_mode": "centred", "silent_scope": "context", "near_duplicate_jaccard": 1.0}),
     ],
 )
 def test_every_table_is_that_of_plain_loops(seed, changes):
@@ -319,24 +118,24 @@ def test_the_draw_depends_on_seed_and_layer():
     assert base != other
 
 
+@pytest.mark.parametrize("mode", ["fixed", "centred"])
 @pytest.mark.parametrize("strategy", ["quantiles", "random", "top", "mix"])
-def test_train_and_test_never_overlap_nor_nearly(strategy):
+def test_train_and_test_never_overlap_nor_nearly(strategy, mode):
     # Defect 1, at the level of windows, of document blocks and of text.
-    config = small_config(strategy=strategy, near_duplicate_jaccard=0.5)
+    config = small_config(strategy=strategy, near_duplicate_jaccard=0.5, window_mode=mode)
     dataset, rows = random_cache(6, [0.05, 0.1, 0.02])
     tables = records(dataset, rows, 3, config)
     grid = window_grid(dataset, config)
-    block_of = dict(zip(grid.window_id.tolist(), grid.block.tolist(), strict=True))
-    window_of = {int(name): i for i, name in enumerate(grid.window_id)}
+    block_of = dict(zip(grid.context.tolist(), grid.block.tolist(), strict=True))
     splits_of_block = defaultdict(set)
     for latent in range(3):
         oracle = Oracle(dataset, rows, latent, config)
         mine = tables.windows.filter(pl.col("latent") == latent)
         assert mine["window_id"].is_unique().all()
         for row in mine.iter_rows(named=True):
-            splits_of_block[block_of[row["window_id"]]].add(row["split"])
+            splits_of_block[block_of[row["context"]]].add(row["split"])
         train, select, test = (
-            [window_of[i] for i in mine.filter(pl.col("split") == split)["window_id"]]
+            mine.filter(pl.col("split") == split).select("context", "start").rows()
             for split in SPLITS
         )
         assert train
@@ -500,7 +299,7 @@ def test_every_latent_has_a_row_with_its_status():
     status = dict(tables.latents.select("latent", "status").rows())
     assert [status[i] for i in (0, 1, 3, 5)] == ["ok", "dead", "rare", "dense"]
     assert set(tables.windows["latent"]) == {i for i, s in status.items() if s == "ok"}
-    counts = record_counts(tables)
+    counts = record_counts(tables.latents, tables.windows.height)
     assert counts.ok + counts.dead + counts.rare + counts.dense == len(RATES)
     assert (counts.dead, counts.dense) == (1, 1)
     assert counts.n_windows == tables.windows.height

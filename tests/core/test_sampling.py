@@ -5,12 +5,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autointerp_dagster.core.config import FloorsConfig, LatentSample, ScoredSample
+from autointerp_dagster.core.negatives.permuting import permuted
 from autointerp_dagster.core.rng import address_key, hash_priority
 from autointerp_dagster.core.sampling import (
     N_DONORS,
     donors_of,
     draw_ranks,
     floor_order,
+    may_be_drawn,
+    order_within,
     processing_order,
     quantile_bands,
     ranks_within,
@@ -18,7 +21,6 @@ from autointerp_dagster.core.sampling import (
     select_latents,
     strength_ranks,
 )
-from autointerp_dagster.core.negatives.silent import _permuted
 from autointerp_dagster.core.schemas import FIRING_COUNTS, SELECTION
 from autointerp_dagster.core.types import LayerKey
 
@@ -185,7 +187,7 @@ def test_a_group_is_drawn_alike_alone_and_among_others(strategy):
 def test_the_keyed_permutation_is_one(size):
     index = np.arange(size)
     for key in (0, 1, 2**63 + 11):
-        where = _permuted(index, np.full(size, size), np.full(size, key, dtype=np.uint64))
+        where = permuted(index, np.full(size, size), np.full(size, key, dtype=np.uint64))
         assert np.array_equal(np.sort(where), index)
 
 
@@ -194,7 +196,7 @@ def test_pairs_that_the_keyed_permutation_draws_are_uniform(size):
     n = 40_000
     keys = hash_priority(9, np.arange(n))
     first, second = (
-        _permuted(np.full(n, i, dtype=np.int64), np.full(n, size), keys) for i in (0, 1)
+        permuted(np.full(n, i, dtype=np.int64), np.full(n, size), keys) for i in (0, 1)
     )
     counts = np.bincount(first * size + second, minlength=size * size).reshape(size, size)
     expected = n / (size * (size - 1))
@@ -358,3 +360,50 @@ def test_latents_of_a_restricted_explainer_are_donors_besides():
 def test_a_floor_latent_that_is_not_selected_is_an_error():
     with pytest.raises(ValueError, match="latent 9: a floor latent that is not selected"):
         donors_of(LAYER, np.array([9]), np.array([1]), np.ones((1, 2), np.float32), FloorsConfig())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 300), min_size=1, max_size=4),
+    n_wanted=st.integers(0, 12),
+    n_quantiles=st.integers(1, 4),
+    skew=st.sampled_from([1.0, 6.0]),
+    seed=st.integers(0, 1000),
+)
+def test_windows_that_may_not_be_drawn_are_not_whichever_others_go(
+    sizes, n_wanted, n_quantiles, skew, seed
+):
+    rng = np.random.default_rng(seed)
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    quantile = (rng.random(len(group)) ** skew * n_quantiles).astype(np.int64)
+    may_go = rng.random(len(group)) < 0.2
+    wanted = np.full(len(sizes), n_wanted)
+    kept = may_be_drawn(group, quantile, priorities(len(group), seed), wanted, n_quantiles, may_go)
+    gone = may_go & (rng.random(len(group)) < 0.7)
+
+    def drawn(rows):
+        ranks = draw_ranks(
+            "quantiles", group[rows], quantile[rows], np.zeros_like(rows),
+            priorities(len(group), seed)[rows], wanted[group[rows]],
+        )  # fmt: skip
+        return dict(zip(rows[ranks >= 0].tolist(), ranks[ranks >= 0].tolist(), strict=True))
+
+    assert drawn(np.flatnonzero(kept & ~gone)) == drawn(np.flatnonzero(~gone))
+    assert kept[may_go].all()
+
+
+def test_most_windows_of_a_frequent_latent_need_not_be_ranked():
+    n = 8000
+    group, quantile = one_group(n), np.arange(n) % 10
+    nothing = np.zeros(n, dtype=bool)
+    kept = may_be_drawn(group, quantile, priorities(n), np.array([100]), 10, nothing)
+    # 20 early ones a quantile, and 6 standard deviations more: 53 of 800.
+    assert 200 < kept.sum() < 800
+
+
+def test_rows_alike_in_group_and_priority_keep_their_order():
+    group = np.array([2, 0, 2, 2, 0])
+    assert order_within(group, u64(5, 1, 5, 4, 1)).tolist() == [1, 4, 3, 0, 2]
+    # No room for the row's number beside such a group: the same order all the same.
+    assert order_within(group * 2**61, u64(5, 1, 5, 4, 1)).tolist() == [1, 4, 3, 0, 2]
+    assert order_within(one_group(0), u64()).tolist() == []

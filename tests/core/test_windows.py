@@ -6,7 +6,14 @@ from hypothesis import strategies as st
 
 from autointerp_dagster.core.config import SamplingConfig
 from autointerp_dagster.core.rng import address_key
-from autointerp_dagster.core.windows import SPLITS, check_splits, near_duplicates, window_grid
+from autointerp_dagster.core.windows import (
+    SPLITS,
+    Spans,
+    check_splits,
+    near_duplicates,
+    repeating_spans,
+    window_grid,
+)
 
 
 def split_of(grid) -> list[str]:
@@ -188,6 +195,68 @@ def test_near_duplicates_found_in_small_parts_are_the_same(monkeypatch):
     shown = (np.zeros(5, dtype=np.int64), np.arange(5))
     asked = (np.zeros(grid.n_windows - 5, dtype=np.int64), np.arange(5, grid.n_windows))
     whole = near_duplicates(grid.shingles, shown, asked)
-    monkeypatch.setattr("autointerp_dagster.core.windows._PAIRS_AT_ONCE", 3)
+    monkeypatch.setattr("autointerp_dagster.core.windows.shingles._PAIRS_AT_ONCE", 3)
     assert np.array_equal(near_duplicates(grid.shingles, shown, asked), whole)
     assert whole.any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    threshold=st.sampled_from([0.1, 0.3, 0.5, 0.8, 1.0]),
+    n_ids=st.sampled_from([2, 3, 40]),
+    window_len=st.sampled_from([4, 8, 12]),
+)
+def test_near_duplicates_off_the_grid_are_those_of_a_plain_loop(seed, threshold, n_ids, window_len):
+    rng = np.random.default_rng(seed)
+    dataset = make_dataset(random_documents(seed, 6, n_ids))
+    length = np.diff(dataset.offsets)
+
+    def spans(n: int) -> Spans:
+        context = rng.integers(0, len(length), n)
+        start = rng.integers(0, length[context] - window_len + 1)
+        return Spans(rng.integers(0, 2, n), context, start)
+
+    def visible(context: int, start: int) -> list[int]:
+        tokens = dataset.context_tokens(context)
+        return tokens[max(start, 1) : start + window_len].tolist()
+
+    shown, asked = spans(6), spans(30)
+    n = min(8, window_len - 1)
+    wanted = [
+        any(
+            a == b and jaccard(visible(*there), visible(*here), n) >= threshold
+            for b, *there in zip(*map(np.ndarray.tolist, shown), strict=True)
+        )
+        for a, *here in zip(*map(np.ndarray.tolist, asked), strict=True)
+    ]
+    assert repeating_spans(dataset, window_len, threshold, shown, asked).tolist() == wanted
+
+
+def test_near_duplicates_off_the_grid_found_in_small_parts_are_the_same(monkeypatch):
+    dataset = make_dataset(random_documents(5, 8))
+    n = len(dataset.offsets) - 1
+    zeros = np.zeros(n, dtype=np.int64)
+    all_of = Spans(zeros, np.arange(n), zeros + 3)
+    some = Spans(zeros[:3], np.arange(3), zeros[:3] + 3)
+    whole = repeating_spans(dataset, 8, 0.2, some, all_of)
+    monkeypatch.setattr("autointerp_dagster.core.windows.spans._SPANS_AT_ONCE", 2)
+    assert np.array_equal(repeating_spans(dataset, 8, 0.2, some, all_of), whole)
+    assert whole.sum() == 3
+
+
+def test_a_grid_without_near_duplicates_holds_no_grams():
+    dataset = make_dataset(random_documents(6, 8))
+    for changes in ({"near_duplicate_jaccard": None}, {"window_mode": "centred"}):
+        assert window_grid(dataset, SamplingConfig(window_len=4, **changes)).shingles is None
+
+
+def test_strata_hold_every_window_once_by_split_and_place():
+    grid = window_grid(make_dataset(random_documents(7, 30)), SamplingConfig(window_len=4))
+    assert sorted(grid.strata.members.tolist()) == list(range(grid.n_windows))
+    for split in range(len(SPLITS)):
+        for place in range(grid.strata.n_places):
+            stratum = split * grid.strata.n_places + place
+            first, stop = grid.strata.first[stratum : stratum + 2]
+            wanted = np.flatnonzero((grid.split == split) & (grid.place == place))
+            assert grid.strata.members[first:stop].tolist() == wanted.tolist()

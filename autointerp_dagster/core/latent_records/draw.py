@@ -1,12 +1,15 @@
 """Which windows of a range's latents are shown: each split without what repeats those before it."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int64, UInt64
+from jaxtyping import Bool, Int64
 
 from autointerp_dagster.core.config import SamplingConfig
+from autointerp_dagster.core.latent_records.centred import Cuts
 from autointerp_dagster.core.latent_records.firing import ActiveWindows, FiringTokens
+from autointerp_dagster.core.latent_records.pool import Keys, Pool, keys_of, pool_of
 from autointerp_dagster.core.negatives import (
     NegativeRequest,
     Negatives,
@@ -16,18 +19,36 @@ from autointerp_dagster.core.negatives import (
     draw_negatives,
 )
 from autointerp_dagster.core.rng import hash_priority
-from autointerp_dagster.core.sampling import (
-    draw_ranks,
-    latent_keys,
-    quantile_bands,
-    ranks_within,
-    strength_ranks,
-)
+from autointerp_dagster.core.sampling import draw_ranks, ranks_within
+from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import LayerKey
-from autointerp_dagster.core.windows import SPLITS, WindowGrid, near_duplicates
+from autointerp_dagster.core.windows import (
+    SPLITS,
+    Spans,
+    WindowGrid,
+    near_duplicates,
+    repeating_spans,
+)
 
-_Shown = tuple[Rows, Rows]
-"""Latent and window of what an explainer may see."""
+
+class _Shown(NamedTuple):
+    """Windows that an explainer may see, or that are compared with them."""
+
+    latent: Rows
+    window: Rows
+    start: Rows
+
+    def extended(self, latent: Rows, window: Rows, start: Rows) -> "_Shown":
+        """These and some more."""
+        more = (latent, window, start)
+        return _Shown(*(np.concatenate(both) for both in zip(self, more, strict=True)))
+
+    def spans(self, grid: WindowGrid) -> Spans:
+        """Where they are, for windows that are not all on the grid."""
+        return Spans(self.latent, grid.context[self.window], self.start)
+
+
+_Repeats = Callable[[_Shown], Bool[np.ndarray, " row"]]
 
 
 class DrawnWindows(NamedTuple):
@@ -36,12 +57,16 @@ class DrawnWindows(NamedTuple):
     latent: Int64[np.ndarray, " row"]
     """From 0 at the start of the range."""
     window: Int64[np.ndarray, " row"]
+    """Index into the grid; in ``centred`` mode the window that holds the maximum."""
+    start: Int64[np.ndarray, " row"]
+    """First position of what is shown."""
     split: Int64[np.ndarray, " row"]
     rank: Int64[np.ndarray, " row"]
     """Order of use within a (latent, split, class)."""
-    row: Int64[np.ndarray, " activating"]
-    """Which of the active windows each activating one is."""
-    quantile: Int64[np.ndarray, " activating"]
+    chosen: Pool
+    """The activating ones."""
+    cuts: Cuts
+    """What is shown of each active window: ``chosen.row`` tells which."""
     kind: Int64[np.ndarray, " silent"]
     """Of each non-activating one: index into the kinds asked for."""
     source: Int64[np.ndarray, " silent"]
@@ -49,31 +74,11 @@ class DrawnWindows(NamedTuple):
     n_near_duplicates: Int64[np.ndarray, " latent"]
 
 
-class _Keys(NamedTuple):
-    """The addresses of a latent's draws."""
-
-    tie: UInt64[np.ndarray, " latent"]
-    draw: UInt64[np.ndarray, " latent"]
-    silent: UInt64[np.ndarray, " latent"]
-    rank: UInt64[np.ndarray, " latent"]
-
-
-class _Pool(NamedTuple):
-    """All activating windows of the latents that are drawn for."""
-
-    row: Int64[np.ndarray, " window"]
-    latent: Int64[np.ndarray, " window"]
-    window: Int64[np.ndarray, " window"]
-    split: Int64[np.ndarray, " window"]
-    strength: Int64[np.ndarray, " window"]
-    quantile: Int64[np.ndarray, " window"]
-    priority: UInt64[np.ndarray, " window"]
-
-
 def draw_windows(
     firing: FiringTokens,
     active: ActiveWindows,
     is_ok: Bool[np.ndarray, " latent"],
+    dataset: TokenDataset,
     grid: WindowGrid,
     layer: LayerKey,
     latents: range,
@@ -87,88 +92,79 @@ def draw_windows(
     others in a hashed order. No select window nearly repeats a train window, and no test window
     one of these or a select window, which a refining explainer is shown.
     """
-    keys = _keys(config.seed, layer, latents)
-    pool = _pool(active, is_ok, grid, keys, config)
+    keys = keys_of(config.seed, layer, latents)
+    pool, cuts = pool_of(firing, active, is_ok, dataset, grid, keys, config)
     is_active = _activity(firing, active, grid, config)
     wanted = (config.n_negative_train, config.n_negative_select, config.n_negative_test)
 
-    shown: _Shown = (np.zeros(0, np.int64), np.zeros(0, np.int64))
-    chosen: list[Rows] = []
+    shown = _Shown(*(np.zeros(0, np.int64) for _ in _Shown._fields))
+    chosen: list[Pool] = []
     silent: list[Negatives] = []
     dropped = np.zeros(len(latents), dtype=np.int64)
     for split in range(len(SPLITS)):
-        repeats = _repeats(grid, shown) if split else None
-        rows = np.flatnonzero(pool.split == split)
-        if repeats is not None:
-            is_repeat = repeats(pool.latent[rows], pool.window[rows])
-            dropped += np.bincount(pool.latent[rows[is_repeat]], minlength=len(latents))
-            rows = rows[~is_repeat]
-        drawn = _choose(pool, rows, config)
+        repeats = _repeats(dataset, grid, config, shown) if split else None
+        rows, repeating = _without_repeats(pool, np.flatnonzero(pool.split == split), cuts, repeats)
+        drawn, rank = _choose(pool, rows, config)
         request = NegativeRequest(
-            grid=grid,
-            split=split,
-            n_wanted=wanted[split],
-            latent=pool.latent[drawn.row],
-            window=pool.window[drawn.row],
-            rank=drawn.rank,
-            top_token=top_token,
-            key=keys.silent,
-            active=is_active,
-            repeats=repeats,
-        )
+            grid=grid, split=split, n_wanted=wanted[split], latent=drawn.latent,
+            window=drawn.window, rank=rank, top_token=top_token, key=keys.silent, active=is_active,
+            repeats=None if repeats is None else _on_grid(repeats, grid),
+        )  # fmt: skip
         quiet = draw_negatives(config.negative_kinds, request, sources)
-        dropped += quiet.n_near_duplicates
-        shown = (
-            np.concatenate([shown[0], pool.latent[drawn.row], quiet.latent]),
-            np.concatenate([shown[1], pool.window[drawn.row], quiet.window]),
-        )
-        chosen.append(drawn.row)
+        dropped += quiet.n_near_duplicates + np.bincount(repeating, minlength=len(latents))
+        shown = shown.extended(*_shown_of(drawn, cuts))
+        shown = shown.extended(quiet.latent, quiet.window, grid.start[quiet.window])
+        chosen.append(drawn)
         silent.append(quiet)
     return _ranked(
-        pool,
-        np.concatenate(chosen),
+        Pool(*(np.concatenate(column) for column in zip(*chosen, strict=True))),
         Negatives(*(np.concatenate(column) for column in zip(*silent, strict=True))),
         dropped,
+        cuts,
         grid,
         keys,
     )
 
 
-def _repeats(grid: WindowGrid, shown: _Shown) -> Question:
-    """Whether a latent's window nearly repeats one of an earlier split."""
-    return lambda latent, window: near_duplicates(grid.shingles, shown, (latent, window))
+def _shown_of(pool: Pool, cuts: Cuts) -> _Shown:
+    return _Shown(pool.latent, pool.window, cuts.start[pool.row])
 
 
-def _keys(seed: int, layer: LayerKey, latents: range) -> _Keys:
-    address = latent_keys(seed, layer, latents, "windows")
-    purposes = np.arange(len(_Keys._fields))
-    return _Keys(*(hash_priority(address, np.full(len(address), i)) for i in purposes))
+def _repeats(
+    dataset: TokenDataset, grid: WindowGrid, config: SamplingConfig, shown: _Shown
+) -> _Repeats | None:
+    """Whether a latent's window nearly repeats one of an earlier split; null: not looked for."""
+    threshold = config.near_duplicate_jaccard
+    if threshold is None:
+        return None
+    if config.window_mode == "centred":
+        return lambda asked: repeating_spans(
+            dataset, grid.window_len, threshold, shown.spans(grid), asked.spans(grid)
+        )
+    shingles = grid.shingles
+    if shingles is None:
+        raise ValueError("near_duplicate_jaccard: wanted a grid that was made with this sampling.")
+    return lambda asked: near_duplicates(shingles, shown[:2], asked[:2])
 
 
-def _pool(
-    active: ActiveWindows,
-    is_ok: Bool[np.ndarray, " latent"],
-    grid: WindowGrid,
-    keys: _Keys,
-    config: SamplingConfig,
-) -> _Pool:
-    row = np.flatnonzero(is_ok[active.latent])
-    latent, window = active.latent[row], active.window[row]
-    ids = grid.window_id[window]
-    strength = strength_ranks(latent, active.maximum[row], hash_priority(keys.tie[latent], ids))
-    quantile = quantile_bands(latent, strength, config.n_quantiles)
-    priority = hash_priority(keys.draw[latent], ids)
-    return _Pool(row, latent, window, active.split[row], strength, quantile, priority)
+def _without_repeats(
+    pool: Pool, rows: Rows, cuts: Cuts, repeats: _Repeats | None
+) -> tuple[Int64[np.ndarray, " kept"], Int64[np.ndarray, " repeating"]]:
+    """``rows`` of the pool that repeat nothing, and the latents of those that do."""
+    if repeats is None:
+        return rows, rows[:0]
+    is_repeat = repeats(_shown_of(pool.at(rows), cuts))
+    return rows[~is_repeat], pool.latent[rows[is_repeat]]
 
 
-class _Chosen(NamedTuple):
-    row: Int64[np.ndarray, " chosen"]
-    """Into the pool."""
-    rank: Int64[np.ndarray, " chosen"]
-    """Order of drawing within a (latent, split)."""
+def _on_grid(repeats: _Repeats, grid: WindowGrid) -> Question:
+    return lambda latent, window: repeats(_Shown(latent, window, grid.start[window]))
 
 
-def _choose(pool: _Pool, rows: Rows, config: SamplingConfig) -> _Chosen:
+def _choose(
+    pool: Pool, rows: Rows, config: SamplingConfig
+) -> tuple[Pool, Int64[np.ndarray, " chosen"]]:
+    """The windows drawn among ``rows``, and their order of drawing within a (latent, split)."""
     wanted = np.array([config.n_train, config.n_select, config.n_test])[pool.split[rows]]
     ranks = draw_ranks(
         config.strategy,
@@ -179,7 +175,7 @@ def _choose(pool: _Pool, rows: Rows, config: SamplingConfig) -> _Chosen:
         wanted,
     )
     chosen = ranks >= 0
-    return _Chosen(rows[chosen], ranks[chosen])
+    return pool.at(rows[chosen]), ranks[chosen]
 
 
 def _activity(
@@ -204,28 +200,30 @@ def _contains(
 
 
 def _ranked(
-    pool: _Pool,
-    chosen: Int64[np.ndarray, " chosen"],
+    chosen: Pool,
     silent: Negatives,
     n_near_duplicates: Int64[np.ndarray, " latent"],
+    cuts: Cuts,
     grid: WindowGrid,
-    keys: _Keys,
+    keys: Keys,
 ) -> DrawnWindows:
-    latent = np.concatenate([pool.latent[chosen], silent.latent])
-    window = np.concatenate([pool.window[chosen], silent.window])
+    latent = np.concatenate([chosen.latent, silent.latent])
+    window = np.concatenate([chosen.window, silent.window])
     split = grid.split[window].astype(np.int64)
-    is_silent = np.arange(len(latent)) >= len(chosen)
+    n_activating = len(chosen.latent)
+    is_silent = np.arange(len(latent)) >= n_activating
     group = (latent * len(SPLITS) + split) * 2 + is_silent
     strongest_first = np.zeros(len(latent), dtype=np.int64)
-    strongest_first[: len(chosen)] = np.where(split[: len(chosen)] == 0, pool.strength[chosen], 0)
+    strongest_first[:n_activating] = np.where(chosen.split == 0, chosen.strength, 0)
     priority = hash_priority(keys.rank[latent], grid.window_id[window])
     return DrawnWindows(
         latent=latent,
         window=window,
+        start=np.concatenate([cuts.start[chosen.row], grid.start[silent.window]]),
         split=split,
         rank=ranks_within(group, priority, strongest_first),
-        row=pool.row[chosen],
-        quantile=pool.quantile[chosen],
+        chosen=chosen,
+        cuts=cuts,
         kind=silent.kind,
         source=silent.source,
         n_near_duplicates=n_near_duplicates,

@@ -18,6 +18,8 @@ class FiringTokens(NamedTuple):
     """From 0 at the start of the range."""
     context: Int64[np.ndarray, " token"]
     position: Int64[np.ndarray, " token"]
+    token: Int64[np.ndarray, " token"]
+    """Where it stands in the dataset's tokens."""
     activation: Float32[np.ndarray, " token"]
     window: Int64[np.ndarray, " token"]
     """-1 past the last whole window of a context."""
@@ -67,18 +69,20 @@ def firing_tokens(
                 f"activation {activation[at]} is {fault}. Make the activation cache again."
             )
     latent = latent - latents.start
-    address = latent * len(dataset.tokens) + dataset.offsets[context] + position
+    token = dataset.offsets[context] + position
+    address = latent * len(dataset.tokens) + token
     if (address[1:] <= address[:-1]).any():
         order = np.argsort(address, kind="stable")
         latent, context, position = latent[order], context[order], position[order]
-        activation, address = activation[order], address[order]
+        activation, token, address = activation[order], token[order], address[order]
         twice = np.flatnonzero(address[1:] == address[:-1])
         if len(twice):
             raise ValueError(
                 f"{layer} latent {latents[latent[twice[0]]]}, context {context[twice[0]]}, "
                 f"position {position[twice[0]]}: two activations. Make the activation cache again."
             )
-    return FiringTokens(latent, context, position, activation, grid.window_at(context, position))
+    window = grid.window_at(context, position)
+    return FiringTokens(latent, context, position, token, activation, window)
 
 
 def active_windows(firing: FiringTokens, grid: WindowGrid) -> ActiveWindows:

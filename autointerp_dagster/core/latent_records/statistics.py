@@ -2,7 +2,7 @@
 
 import numpy as np
 import polars as pl
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Float64, Int32, Int64
 
 from autointerp_dagster.core.config import SamplingConfig
 from autointerp_dagster.core.latent_records.firing import (
@@ -10,6 +10,7 @@ from autointerp_dagster.core.latent_records.firing import (
     FiringTokens,
     count_by_split,
 )
+from autointerp_dagster.core.sampling import order_within
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import LayerKey
 from autointerp_dagster.core.windows import SPLITS, WindowGrid
@@ -95,10 +96,7 @@ def _activation_quantiles(
     firing: FiringTokens, n_tokens: Int64[np.ndarray, " latent"]
 ) -> Float32[np.ndarray, "latent quantile"]:
     """At ``_QUANTILES``, interpolated linearly as in ``numpy.quantile``; 0 for a dead latent."""
-    # Positive floats sort as their bits do: one integer sort orders all latents' activations.
-    keys = firing.latent << 32 | np.ascontiguousarray(firing.activation).view(np.uint32)
-    keys.sort()
-    ordered = np.append((keys & 0xFFFFFFFF).astype(np.uint32).view(np.float32), np.float32(0))
+    ordered = np.append(_sorted_by_latent(firing.activation, n_tokens), np.float32(0))
     ordered = ordered.astype(np.float64)
     first = (np.cumsum(n_tokens) - n_tokens)[:, None]
     at = np.maximum(n_tokens - 1, 0)[:, None] * np.array(_QUANTILES)
@@ -108,30 +106,82 @@ def _activation_quantiles(
     return np.where(n_tokens[:, None] > 0, values, 0).astype(np.float32)
 
 
+def _sorted_by_latent(
+    activation: Float32[np.ndarray, " token"], n_tokens: Int64[np.ndarray, " latent"]
+) -> Float32[np.ndarray, " token"]:
+    """Each latent's activations in ascending order; the latents follow each other."""
+    # Positive floats sort as their bits do, and of bfloat16 half of them are 0: 16 bits sort 15
+    # times as fast as 32.
+    bits = np.ascontiguousarray(activation).view(np.uint32)
+    is_half = not (bits & 0xFFFF).any()
+    keys = (bits >> 16).astype(np.uint16) if is_half else bits.copy()
+    stop = np.cumsum(n_tokens)
+    for latent in np.flatnonzero(n_tokens):
+        mine = slice(int(stop[latent] - n_tokens[latent]), int(stop[latent]))
+        keys[mine] = np.sort(keys[mine], kind="stable")
+    return (keys.astype(np.uint32) << 16 if is_half else keys).view(np.float32)
+
+
 def _top_tokens(
     firing: FiringTokens, grid: WindowGrid, dataset: TokenDataset, latents: range
 ) -> pl.DataFrame:
     """``latent``, ``top_tokens``, ``top_token_shares``; only latents with train windows."""
     is_train = np.append(grid.split == 0, False)
     at = np.flatnonzero(is_train[firing.window])  # a token in no window, -1, reads the last
-    token = dataset.tokens[dataset.offsets[firing.context[at]] + firing.position[at]]
-    n_ids = int(token.max(initial=0)) + 1
-    key = firing.latent[at] * n_ids + token
-    order = np.argsort(key, kind="stable")
-    key = key[order]
-    is_first = np.append(True, key[1:] != key[:-1])[: len(key)]
-    summed = np.bincount(np.cumsum(is_first) - 1, weights=firing.activation[at][order])
-    latent, token = np.divmod(key[is_first], n_ids)
+    token = dataset.tokens[firing.token[at]]
+    latent, token, summed = _summed_by_token(firing.latent[at], token, firing.activation[at])
     share = summed / np.bincount(latent, weights=summed)[latent] if len(latent) else summed
-    by_sum = np.argsort(-summed, kind="stable")
-    by_sum = by_sum[np.argsort(latent[by_sum], kind="stable")]
-    latent = latent[by_sum]
-    top = np.arange(len(latent)) - np.searchsorted(latent, latent) < _N_TOP_TOKENS
+    rows = np.flatnonzero(summed >= _enough_for_top(latent, summed)[latent])
+    # The bits of positive floats sort as the floats do; inverted, the largest come first.
+    rows = rows[order_within(latent[rows], ~summed[rows].view(np.uint64))]
+    place = np.arange(len(rows)) - np.searchsorted(latent[rows], latent[rows])
+    rows = rows[place < _N_TOP_TOKENS]
     frame = pl.DataFrame(
         {
-            "latent": (latent[top] + latents.start).astype(np.uint32),
-            "top_tokens": token[by_sum][top].astype(np.uint32),
-            "top_token_shares": share[by_sum][top],
+            "latent": (latent[rows] + latents.start).astype(np.uint32),
+            "top_tokens": token[rows].astype(np.uint32),
+            "top_token_shares": share[rows],
         }
     )
     return frame.group_by("latent", maintain_order=True).agg(pl.all())
+
+
+def _summed_by_token(
+    latent: Int64[np.ndarray, " row"],
+    token: Int32[np.ndarray, " row"],
+    activation: Float32[np.ndarray, " row"],
+) -> tuple[Int64[np.ndarray, " pair"], Int64[np.ndarray, " pair"], Float64[np.ndarray, " pair"]]:
+    """Each (latent, token) with its summed activation, in that order."""
+    n_ids = int(token.max(initial=0)) + 1
+    key = latent * n_ids + token
+    if int(key.max(initial=0)) < 2**32:
+        # One sort of one integer: the activation's bits stand below the key.
+        packed = key.astype(np.uint64) << np.uint64(32) | activation.view(np.uint32)
+        packed = pl.Series(packed).sort().to_numpy()
+        key = (packed >> np.uint64(32)).astype(np.int64)
+        activation = packed.astype(np.uint32).view(np.float32)
+    else:
+        order = np.lexsort((activation, key))
+        key, activation = key[order], activation[order]
+    first = np.flatnonzero(np.append(True, key[1:] != key[:-1])[: len(key)])
+    summed = np.add.reduceat(activation.astype(np.float64), first) if len(first) else np.zeros(0)
+    return *np.divmod(key[first], n_ids), summed
+
+
+def _enough_for_top(
+    latent: Int64[np.ndarray, " pair"], summed: Float64[np.ndarray, " pair"]
+) -> Float64[np.ndarray, " latent"]:
+    """For each latent, a sum that at least ``_N_TOP_TOKENS`` of its pairs reach, if it has them.
+
+    The smallest of the maxima of as many stretches of the latent's pairs.
+    """
+    count = np.bincount(latent)
+    enough = np.zeros(len(count))
+    many = np.flatnonzero(count >= 4 * _N_TOP_TOKENS)
+    if len(many):
+        first = (np.cumsum(count) - count)[many]
+        cuts = first[:, None] + count[many][:, None] * np.arange(_N_TOP_TOKENS) // _N_TOP_TOKENS
+        ends = np.stack([cuts, np.append(cuts[:, 1:], (first + count[many])[:, None], axis=1)], -1)
+        maxima = np.maximum.reduceat(np.append(summed, 0.0), ends.reshape(-1))[::2]
+        enough[many] = maxima.reshape(cuts.shape).min(axis=1)
+    return enough

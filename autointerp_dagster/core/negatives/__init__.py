@@ -9,6 +9,12 @@ from autointerp_dagster.core.negatives.request import (
     Rows,
     SimilarWindows,
 )
+from autointerp_dagster.core.negatives.token_windows import (
+    ShownTokens,
+    TokenWindows,
+    shown_tokens,
+    token_windows,
+)
 
 __all__ = [
     "NegativeRequest",
@@ -16,6 +22,10 @@ __all__ = [
     "Negatives",
     "Question",
     "Rows",
+    "ShownTokens",
     "SimilarWindows",
+    "TokenWindows",
     "draw_negatives",
+    "shown_tokens",
+    "token_windows",
 ]

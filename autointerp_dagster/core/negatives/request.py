@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Bool, Int64, UInt64
 
+from autointerp_dagster.core.negatives.token_windows import TokenWindows
 from autointerp_dagster.core.windows import WindowGrid
 
 Rows = Int64[np.ndarray, " row"]
@@ -69,9 +70,11 @@ class NegativeSources:
     """What the hard kinds are drawn from; each is needed only if its kind is asked for."""
 
     neighbours: pl.DataFrame | None = None
-    """``schemas.NEIGHBOURS`` of the block's latents."""
+    """``schemas.NEIGHBOURS`` of the block's latents, of one measure."""
     neighbour_windows: pl.DataFrame | None = None
     """``schemas.NEIGHBOUR_WINDOWS`` of their neighbours, sorted by key."""
     similar: SimilarWindows | None = None
-    windows_of_token: Callable[[int], Rows] | None = None
-    """Index into the grid of every window that shows a token, ascending."""
+    token_windows: TokenWindows | None = None
+    """Which windows of the grid show a token."""
+    first_latent: int = 0
+    """Which latent of the layer the block starts with: what is 0 in a request."""

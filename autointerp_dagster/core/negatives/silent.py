@@ -5,12 +5,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int64, UInt64
 
+from autointerp_dagster.core.negatives.permuting import counts_up, permuted
 from autointerp_dagster.core.negatives.request import Question
 from autointerp_dagster.core.rng import hash_priority
 from autointerp_dagster.core.windows import SPLITS, WindowGrid
-
-_ROUNDS = 3
-_MIN_DOMAIN = 64  # with fewer values these rounds are not uniform (chi-square of drawn pairs)
 
 
 class Demand(NamedTuple):
@@ -88,13 +86,10 @@ def silent_windows(
         active: Whether the latent is active there (the window, or its context).
         repeats: Whether the window nearly repeats a train window of the latent; null: no question.
     """
-    place = grid.place
-    n_places = int(place.max(initial=-1)) + 1
-    strata = grid.split.astype(np.int64) * n_places + place
-    members = np.argsort(strata, kind="stable")
-    sizes = np.bincount(strata, minlength=len(SPLITS) * n_places)
-    stratum = demand.split * n_places + demand.place
-    size, first = sizes[stratum], (np.cumsum(sizes) - sizes)[stratum]
+    strata = grid.strata
+    stratum = demand.split * strata.n_places + demand.place
+    first = strata.first[stratum]
+    size = strata.first[stratum + 1] - first
     need, walked = demand.n.copy(), np.zeros(len(demand.n), dtype=np.int64)
     latents, windows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     passed_over = np.zeros(n_latents, dtype=np.int64)
@@ -102,8 +97,8 @@ def silent_windows(
     while len(pending):
         step = np.minimum(size[pending] - walked[pending], need[pending] * ahead + 2)
         of = np.repeat(pending, step)
-        index = walked[of] + _counts_up(step)
-        window = members[first[of] + _permuted(index, size[of], demand.key[of])]
+        index = walked[of] + counts_up(step)
+        window = strata.members[first[of] + permuted(index, size[of], demand.key[of])]
         silent = ~active(demand.latent[of], window)
         repeated = np.zeros(len(of), dtype=bool)
         if repeats is not None:
@@ -121,60 +116,9 @@ def silent_windows(
     return Drawn(np.concatenate(latents), np.concatenate(windows), passed_over)
 
 
-def _counts_up(n: Int64[np.ndarray, " group"]) -> Int64[np.ndarray, " row"]:
-    """0, 1, .. n - 1 for each n, one after another."""
-    return np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
-
-
 def _running_count(
     flags: Bool[np.ndarray, " row"], n: Int64[np.ndarray, " group"]
 ) -> Int64[np.ndarray, " row"]:
     """How many flags are set before each row, within its group of ``n`` consecutive rows."""
     before = np.cumsum(flags) - flags
     return before - np.repeat(before[np.cumsum(n) - n], n)
-
-
-def _permuted(
-    index: Int64[np.ndarray, " row"],
-    size: Int64[np.ndarray, " row"],
-    key: UInt64[np.ndarray, " row"],
-) -> Int64[np.ndarray, " row"]:
-    """Where a keyed permutation of ``0 .. size - 1`` sends ``index``, without writing it out.
-
-    Source:
-        Cycle walking: a permutation of a power of two, repeated until the value is below ``size``
-        (Black and Rogaway 2002).
-    """
-    bits = np.ceil(np.log2(np.maximum(size, _MIN_DOMAIN))).astype(np.uint64)
-    value = _mixed(index.astype(np.uint64), bits, key)
-    outside = np.flatnonzero(value >= size.astype(np.uint64))
-    while len(outside):
-        value[outside] = _mixed(value[outside], bits[outside], key[outside])
-        outside = outside[value[outside] >= size[outside].astype(np.uint64)]
-    return value.astype(np.int64)
-
-
-def _mixed(
-    value: UInt64[np.ndarray, " row"],
-    bits: UInt64[np.ndarray, " row"],
-    key: UInt64[np.ndarray, " row"],
-) -> UInt64[np.ndarray, " row"]:
-    """A keyed permutation of the numbers of ``bits`` bits: a Feistel network of their halves."""
-    low = bits // np.uint64(2)
-    high_mask = (np.uint64(1) << (bits - low)) - np.uint64(1)
-    low_mask = (np.uint64(1) << low) - np.uint64(1)
-    left, right = value >> low, value & low_mask
-    with np.errstate(over="ignore"):
-        for _ in range(_ROUNDS):
-            key = key * np.uint64(0xD1342543DE82EF95) + np.uint64(0x9E3779B97F4A7C15)
-            left = left ^ (_scrambled(right, key) & high_mask)
-            right = right ^ (_scrambled(left, ~key) & low_mask)
-    return left << low | right
-
-
-def _scrambled(
-    half: UInt64[np.ndarray, " row"], key: UInt64[np.ndarray, " row"]
-) -> UInt64[np.ndarray, " row"]:
-    mixed = (half ^ key) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
-    return mixed >> np.uint64(40)

@@ -1,0 +1,157 @@
+"""The activating windows of a range's latents that windows are drawn from.
+
+1. Each window gets its rank by strength among all of its latent's, hence its quantile.
+2. In ``centred`` mode windows are cut again, around their maxima; of two that overlap one stays.
+3. Of a very frequent latent only a sample stays, and its strongest windows.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int64, UInt64
+
+from autointerp_dagster.core.config import SamplingConfig
+from autointerp_dagster.core.latent_records.centred import Cuts, centred_windows, without_overlaps
+from autointerp_dagster.core.latent_records.firing import ActiveWindows, FiringTokens
+from autointerp_dagster.core.rng import hash_priority
+from autointerp_dagster.core.sampling import (
+    latent_keys,
+    may_be_drawn,
+    quantile_bands,
+    strength_ranks,
+)
+from autointerp_dagster.core.tokens import TokenDataset
+from autointerp_dagster.core.types import LayerKey
+from autointerp_dagster.core.windows import SPLITS, WindowGrid
+
+_STRONGEST = 4
+"""Times as many windows as are drawn: the strongest ones that stay whatever their priority, so that
+``top`` and ``mix`` are exact unless most of these nearly repeat one another."""
+
+
+class Keys(NamedTuple):
+    """The addresses of a latent's draws."""
+
+    tie: UInt64[np.ndarray, " latent"]
+    draw: UInt64[np.ndarray, " latent"]
+    silent: UInt64[np.ndarray, " latent"]
+    rank: UInt64[np.ndarray, " latent"]
+
+
+def keys_of(seed: int, layer: LayerKey, latents: range) -> Keys:
+    """The addresses of each latent of the range."""
+    address = latent_keys(seed, layer, latents, "windows")
+    purposes = np.arange(len(Keys._fields))
+    return Keys(*(hash_priority(address, np.full(len(address), i)) for i in purposes))
+
+
+class Pool(NamedTuple):
+    """Activating windows by (latent, window)."""
+
+    row: Int64[np.ndarray, " window"]
+    """Which of the active windows it is."""
+    latent: Int64[np.ndarray, " window"]
+    window: Int64[np.ndarray, " window"]
+    """Index into the grid; in ``centred`` mode of the window that holds the maximum."""
+    split: Int64[np.ndarray, " window"]
+    strength: Int64[np.ndarray, " window"]
+    """Rank by maximum among all of the latent's windows; 0 is the strongest."""
+    quantile: Int64[np.ndarray, " window"]
+    priority: UInt64[np.ndarray, " window"]
+
+    def at(self, rows: Int64[np.ndarray, " row"]) -> "Pool":
+        """Some of the windows."""
+        return Pool(*(column[rows] for column in self))
+
+
+def pool_of(
+    firing: FiringTokens,
+    active: ActiveWindows,
+    is_ok: Bool[np.ndarray, " latent"],
+    dataset: TokenDataset,
+    grid: WindowGrid,
+    keys: Keys,
+    config: SamplingConfig,
+) -> tuple[Pool, Cuts]:
+    """What is drawn from, for the latents that are ``is_ok``, and what is shown of each window.
+
+    Ranks by strength and quantiles count every window of the latent, whichever stay.
+    """
+    latent, window = active.latent, active.window
+    ids = grid.window_id[window]
+    strength = strength_ranks(latent, active.maximum, hash_priority(keys.tie[latent], ids))
+    quantile = quantile_bands(latent, strength, config.n_quantiles)
+    priority = hash_priority(keys.draw[latent], ids)
+    row = np.arange(len(latent))
+    pool = Pool(row, latent, window, active.split, strength, quantile, priority)
+    if config.window_mode == "centred":
+        pool, cuts = _centred(pool, firing, active, dataset, grid)
+    else:
+        cuts = Cuts(grid.start[window], active.first, active.n_tokens)
+    stays = is_ok[pool.latent] & _sampled(pool, is_ok, config)
+    stays &= _in_reach(pool, stays, len(is_ok), grid, config)
+    return pool.at(np.flatnonzero(stays)), cuts
+
+
+def _in_reach(
+    pool: Pool,
+    stays: Bool[np.ndarray, " window"],
+    n_latents: int,
+    grid: WindowGrid,
+    config: SamplingConfig,
+) -> Bool[np.ndarray, " window"]:
+    """False for windows that are not drawn in any case: most of a frequent latent's."""
+    is_centred = config.window_mode == "centred"
+    threshold, shingles = config.near_duplicate_jaccard, grid.shingles
+    if config.strategy != "quantiles" or (threshold is not None and is_centred):
+        return stays
+    may_go = np.zeros(len(stays), dtype=bool)
+    if threshold is not None and shingles is not None:
+        may_go = shingles.row[pool.window] >= 0
+    n_groups = n_latents * len(SPLITS)
+    group = pool.latent * len(SPLITS) + pool.split
+    group[~stays] = n_groups  # of which none are drawn
+    wanted = np.tile([config.n_train, config.n_select, config.n_test], n_latents)
+    return may_be_drawn(
+        group, pool.quantile, pool.priority, np.append(wanted, 0), config.n_quantiles, may_go
+    )
+
+
+def _centred(
+    pool: Pool, firing: FiringTokens, active: ActiveWindows, dataset: TokenDataset, grid: WindowGrid
+) -> tuple[Pool, Cuts]:
+    cuts, is_peak = centred_windows(firing, active, dataset, grid)
+    pool = pool.at(np.flatnonzero(is_peak[pool.row]))
+    start, context = cuts.start[pool.row], grid.context[pool.window]
+    stays = without_overlaps(pool.latent, context, start, pool.strength, grid.window_len)
+    return pool.at(np.flatnonzero(stays)), cuts
+
+
+def _sampled(
+    pool: Pool, is_ok: Bool[np.ndarray, " latent"], config: SamplingConfig
+) -> Bool[np.ndarray, " window"]:
+    """At most ``max_windows`` of each latent by hashed priority, and the strongest ones.
+
+    The sample holds the very windows that a draw by the same priority would take first, so what is
+    drawn is what would be drawn from all, but where a sample has too few of a split and quantile.
+    """
+    kept = np.ones(len(pool.row), dtype=bool)
+    first = np.searchsorted(pool.latent, np.arange(len(is_ok) + 1))
+    n_strongest = np.array([config.n_train, config.n_select, config.n_test]) * _STRONGEST
+    for latent in np.flatnonzero((np.diff(first) > config.max_windows) & is_ok):
+        mine = slice(int(first[latent]), int(first[latent + 1]))
+        sample, split = _smallest(pool.priority[mine], config.max_windows), pool.split[mine]
+        for code, n in enumerate(n_strongest):
+            rows = np.flatnonzero(split == code)
+            sample[rows] |= _smallest(pool.strength[mine][rows], int(n))
+        kept[mine] = sample
+    return kept
+
+
+def _smallest(
+    values: Int64[np.ndarray, " row"] | UInt64[np.ndarray, " row"], n: int
+) -> Bool[np.ndarray, " row"]:
+    """Which values are among the ``n`` smallest, without sorting the others."""
+    if n < 1 or len(values) <= n:
+        return np.full(len(values), n >= 1)
+    return values <= np.partition(values, n - 1)[n - 1]

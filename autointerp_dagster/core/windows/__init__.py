@@ -1,0 +1,27 @@
+"""The windows that contexts are cut into, their splits, and which of them nearly repeat another."""
+
+from autointerp_dagster.core.windows.grams import GRAM_LEN
+from autointerp_dagster.core.windows.grid import (
+    SPLITS,
+    Strata,
+    WindowGrid,
+    check_splits,
+    context_splits,
+    window_grid,
+)
+from autointerp_dagster.core.windows.shingles import Shingles, near_duplicates
+from autointerp_dagster.core.windows.spans import Spans, repeating_spans
+
+__all__ = [
+    "GRAM_LEN",
+    "SPLITS",
+    "Shingles",
+    "Spans",
+    "Strata",
+    "WindowGrid",
+    "check_splits",
+    "context_splits",
+    "near_duplicates",
+    "repeating_spans",
+    "window_grid",
+]
