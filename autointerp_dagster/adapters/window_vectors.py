@@ -24,7 +24,7 @@ N_NEAREST = 64
 SEGMENT = 4096
 """Windows that are embedded and stored together."""
 
-WINDOWS = "windows"
+WINDOWS = "embedded_windows"
 """Blob with the id of every embedded window, ascending."""
 
 VECTORS = "vectors"

@@ -1,4 +1,4 @@
-"""Every explainer and every scorer, through the assets, on latents whose meaning is known."""
+"""Every explainer, scorer and kind of negative, through the assets, on latents whose meaning is known."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +35,7 @@ SCORERS = {
     "example_embedding": {"n_rounds": 4},
     "intervention": {"latents": {"sample": 3}, "explainers": ["output"]},
 }
+KINDS = ["random", "neighbour", "similar", "same_token"]
 ASKING = ("detection", "fuzzing", "surprisal", "simulation", "intruder", "intervention")
 
 
@@ -49,7 +50,8 @@ def bench(
         "layers": ["h.0"],
         "models": {"base_lm": base_lm, "embedder": embedder},
         "explainers": {**EXPLAINERS, "top_tokens": None},
-        "sampling": {"n_test": 20, "n_quantiles": 4},
+        "sampling": {"n_test": 20, "n_quantiles": 4, "negative_kinds": KINDS},
+        "window_embeddings": {"max_windows": 400},
         "interventions": {"kl": [0.05], "n_prompts": 8, "n_for_explainer": 3, "n_tokens": 4},
         "scorers": SCORERS,
         "metrics": {"n_bootstrap": 100},

@@ -106,7 +106,7 @@ class Run:
         return np.concatenate([get_vectors(self.store, blob) for blob in blobs])
 
     def ids(self, commit: Commit) -> np.ndarray:
-        return self.store.tensors(commit.blobs[0])["windows"]
+        return self.store.tensors(commit.blobs[0])["embedded_windows"]
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def test_a_text_without_a_vector_and_a_corpus_without_windows_are_no_error(run: 
     short = build_token_dataset([Document("a", "a")], lambda batch: [[1, 2]], 0, config)
     commit = run(short)
     assert commit.summary == {"n_windows": 0, "n_distinct": 0, "n_embedded": 0}
-    assert [blob.name for blob in commit.blobs] == ["windows"]
+    assert [blob.name for blob in commit.blobs] == ["embedded_windows"]
 
 
 def test_a_segment_is_named_by_its_texts_and_the_embedder_wherever_it_stands(run: Run) -> None:
