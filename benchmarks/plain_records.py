@@ -51,17 +51,19 @@ class Shared:
         for window, stratum in enumerate(zip(self.split, self.place, strict=True)):
             self.members[stratum].append(window)
 
+    def text_of(self, window: int) -> tuple[int, ...]:
+        """A window's visible tokens."""
+        start, stop = self.start[window], self.start[window] + self.config.window_len
+        return tuple(
+            self.tokens[self.context[window]][max(self.dataset.first_visible, start) : stop]
+        )
+
     def grams_of(self, window: int) -> Grams:
         """The n-grams of a window's visible tokens."""
         if window not in self.grams:
-            start, length = self.start[window], self.config.window_len
-            shown = self.tokens[self.context[window]][
-                max(self.dataset.first_visible, start) : start + length
-            ]
+            shown, length = self.text_of(window), self.config.window_len
             n = min(GRAM_LEN, length - self.dataset.first_visible)
-            self.grams[window] = frozenset(
-                tuple(shown[i : i + n]) for i in range(len(shown) - n + 1)
-            )
+            self.grams[window] = frozenset(shown[i : i + n] for i in range(len(shown) - n + 1))
         return self.grams[window]
 
 
@@ -131,12 +133,13 @@ class Latent:
                 candidates = kept
             config = self.shared.config
             chosen = self._drawn(candidates, getattr(config, f"n_{name}"))
+            shown = [*shown, *chosen]
+            self._shown_grams = {gram for w in shown for gram in self.shared.grams_of(w)}
             n_silent = getattr(config, f"n_negative_{name}")
             silent, passed_over = self._silent(code, chosen, n_silent, shown)
             n_dropped += passed_over
-            if name != "test":
-                shown = [*shown, *chosen, *silent]
-                self._shown_grams = {gram for w in shown for gram in self.shared.grams_of(w)}
+            shown = [*shown, *silent]
+            self._shown_grams |= {gram for w in silent for gram in self.shared.grams_of(w)}
             chosen.sort(key=self.strength.__getitem__) if not code else self._in_rank_order(chosen)
             self._in_rank_order(silent)
             rows += [self._active_row(name, w, rank) for rank, w in enumerate(chosen)]
@@ -170,6 +173,7 @@ class Latent:
         """Silent windows at the places of the chosen ones; near-duplicates passed over."""
         places = [self.shared.place[w] for w in chosen]
         wanted = Counter(places[i % len(places)] for i in range(n)) if places else Counter()
+        of_split = {self.shared.text_of(w) for w in chosen}
         drawn: list[int] = []
         n_passed_over = 0
         for place, quota in wanted.items():
@@ -177,7 +181,7 @@ class Latent:
             for window in self._walk(code, place, quota):
                 if window in self.fired:
                     continue
-                if code and self._repeats(window, shown):
+                if self._repeats(window, shown) or self.shared.text_of(window) in of_split:
                     n_passed_over += 1
                     continue
                 drawn.append(window)

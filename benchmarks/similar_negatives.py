@@ -160,11 +160,18 @@ def _nearest_of(
 ) -> np.ndarray:
     """The same for one latent from nothing."""
     silent = np.setdiff1d(np.flatnonzero(grid.split == 2), active)
+    silent = silent[[_is_first(texts, w, grid) for w in silent]]
     every = np.setdiff1d(np.arange(grid.n_windows), active)
     vectors = model.encode([texts[w] for w in every], normalize_embeddings=True)
     asked = model.encode([texts[w] for w in active], normalize_embeddings=True)
     cosine = asked @ vectors[np.isin(every, silent)].T
+    cosine[[[texts[a] == texts[w] for w in silent] for a in active]] = -np.inf
     return silent[np.argsort(-cosine, axis=1, kind="stable")[:, :N_FOUND]]
+
+
+def _is_first(texts: list[str], window: int, grid: WindowGrid) -> bool:
+    """Whether no test window before it has the same text."""
+    return not any(texts[w] == texts[window] and grid.split[w] == 2 for w in range(window))
 
 
 def _check_same(

@@ -20,7 +20,7 @@ from torch import Tensor
 from autointerp_dagster.adapters.subject_models import SubjectModel
 from autointerp_dagster.core.config import SparsifyCoderConfig
 from autointerp_dagster.core.errors import CoderError
-from autointerp_dagster.core.sparse_coders import SparseCoder, TopKCoder
+from autointerp_dagster.core.sparse_coders import Computing, SparseCoder, TopKCoder
 from autointerp_dagster.core.types import LayerKey
 
 _WEIGHTS = "sae.safetensors"
@@ -77,6 +77,7 @@ def open_coder(config: SparsifyCoderConfig, hookpoint: str) -> LoadedCoder:
         decoder=tensors["W_dec"],
         b_dec=tensors["b_dec"].float(),
         k=shape.k,
+        computing=Computing(screen=config.screen, compiled=config.compiled),
     )
     return LoadedCoder(coder, _identity(folder, _stamp(folder)))
 

@@ -17,6 +17,8 @@ import pyarrow.compute as pc
 DIGEST_BYTES = 16
 HASH_BLOCK = 131_072
 """Rows of a table that are hashed at once; also a row group of a table in the store."""
+_MANY = 65_536
+"""From so many values on, repeated strings and mostly silent lists are hashed in a shorter form."""
 
 
 class _Hasher(Protocol):
@@ -88,7 +90,7 @@ def _feed(hasher: _Hasher, array: pa.Array) -> None:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         lengths = pc.fill_null(array.value_lengths(), 0)
         hasher.update(np.asarray(lengths).astype(np.int64).tobytes())
-        _feed(hasher, _one_chunk(array.flatten()))
+        _feed_elements(hasher, _one_chunk(array.flatten()))
     elif pa.types.is_boolean(kind):
         hasher.update(np.asarray(pc.fill_null(array, False)).astype(np.uint8).tobytes())
     elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
@@ -100,8 +102,28 @@ def _feed(hasher: _Hasher, array: pa.Array) -> None:
         _feed_strings(hasher, array)
 
 
+def _feed_elements(hasher: _Hasher, array: pa.Array) -> None:
+    """Those of all lists; of many floats, most of them 0, which are not and the others' values."""
+    if pa.types.is_float32(array.type) and array.null_count == 0 and len(array) >= _MANY:
+        bits = array.to_numpy().view(np.uint32)
+        is_there = bits != 0
+        if 2 * np.count_nonzero(is_there) < len(bits):
+            hasher.update(b"sparse")
+            hasher.update(np.packbits(is_there).data)
+            hasher.update(bits[is_there].view(np.uint8).data)
+            return
+    _feed(hasher, array)
+
+
 def _feed_strings(hasher: _Hasher, array: pa.Array) -> None:
+    """Lengths and bytes; of many strings that mostly repeat the one before, those of the runs."""
     strings = _one_chunk(pc.fill_null(array.cast(pa.large_string()), ""))
+    if len(strings) >= _MANY:
+        runs = pc.call_function("run_end_encode", [strings])
+        if 8 * len(runs.values) < len(strings):
+            hasher.update(b"runs")
+            hasher.update(np.asarray(runs.run_ends).astype(np.int64).tobytes())
+            strings = _one_chunk(runs.values)
     hasher.update(
         np.asarray(pc.call_function("binary_length", [strings])).astype(np.int64).tobytes()
     )

@@ -52,8 +52,8 @@ def write_shard(
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(n_rows, dtype=np.int64)])
     if offsets[-1] != file.n_rows:
         raise StoreError(
-            f"activations: {file.n_rows} rows, wanted the {offsets[-1]} that were counted. The "
-            "spooled files are damaged; remove their folder and materialize the cell again."
+            f"activations: {file.n_rows} rows, wanted the {offsets[-1]} that were counted. Where "
+            "they came from is damaged; make them again."
         )
     parts = part_arrays([*file.row_groups, file.footer])
     side = store.put_tensors(OFFSETS, {"row_offsets": offsets, **parts}, content=["row_offsets"])

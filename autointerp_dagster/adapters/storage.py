@@ -14,9 +14,10 @@ import io
 import logging
 import os
 import tempfile
+import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,9 @@ from autointerp_dagster.adapters.parquet import (
 )
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.schemas import Table
+
+_TEMPORARY = ".autointerp-"
+_FORGOTTEN_AFTER_S = 24 * 3600.0
 
 _logger = logging.getLogger(__name__)
 
@@ -85,7 +89,9 @@ class Store:
     ) -> StoredFrames:
         """Writes a table that comes in frames; only a part of it is ever in memory.
 
-        The blob is that of :meth:`put_table` on all frames together.
+        The blob is that of :meth:`put_table` on all frames together. It is written to a temporary
+        file first: beside the blobs of a local store, else in Python's ``tempfile.gettempdir()``
+        (``$TMPDIR``). What a killed process left there is removed a day later.
 
         Args:
             table: Its declaration.
@@ -98,10 +104,11 @@ class Store:
         """
         is_local = self.root.protocol in ("", "file")
         folder = Path(self.root.path) / "blobs" if is_local else Path(tempfile.gettempdir())
-        temporary = folder / f".{uuid.uuid4().hex}.tmp"
+        temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}.tmp"
         try:
             with self._writes("blobs"):
                 folder.mkdir(parents=True, exist_ok=True)
+                _remove_forgotten(folder)
                 with temporary.open("wb") as file:
                     written = write_frames(file, table, frames)
                     file.flush()
@@ -349,6 +356,14 @@ class Store:
                 f"{self.root}/{path}: cannot be written: {error}. Nothing of it will be read; "
                 "free space or fix the permissions and run again."
             ) from error
+
+
+def _remove_forgotten(folder: Path) -> None:
+    """Removes temporary files that nobody has written to for a day."""
+    for path in folder.glob(f"{_TEMPORARY}*.tmp"):
+        with suppress(OSError):  # gone meanwhile, or another user's
+            if time.time() - path.stat().st_mtime >= _FORGOTTEN_AFTER_S:
+                path.unlink()
 
 
 def write_whole(target: Path, data: bytes) -> None:

@@ -7,6 +7,7 @@ and assets use it; a folder whose files have changed counts as another model.
 import hashlib
 import json
 import logging
+import platform
 import threading
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -118,6 +119,7 @@ class SubjectModel:
         """What may change results in their last bits only; recorded beside them."""
         return {
             "device": str(self.device),
+            "hardware": _hardware(self.device),
             "batch_size": self.config.batch_size,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
@@ -215,6 +217,19 @@ def choose_device(device: str) -> str:
     if device == "cuda" and not has_cuda:
         raise ModelError("device 'cuda': no CUDA device here. Set device to auto or cpu.")
     return "cuda" if device != "cpu" and has_cuda else "cpu"
+
+
+def _hardware(device: torch.device) -> str:
+    """The card's name, or which vector instructions PyTorch uses of which CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        about = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        about = ""
+    models = [line.partition(":")[2] for line in about.splitlines() if "model name" in line]
+    name = models[0].strip() if models else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def resolve_folder(source: str, revision: str | None) -> Path:

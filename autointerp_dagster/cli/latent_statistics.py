@@ -19,6 +19,8 @@ from autointerp_dagster.core.schemas import LATENT_STATISTICS
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.study import Study
 
+_NO_TEXT = repr("")
+"""Of a special token or a part of a letter."""
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -75,7 +77,8 @@ def statistics_lines(
         yield f"the position tells {known:.2g} nats of whether it fires{share}"
     for name in ("promoted", "suppressed"):
         tokens = row[f"{name}_tokens"]
-        shown = "not known" if tokens is None else ", ".join(map(text_of, tokens)) or "none"
+        texts = [text for text in map(text_of, tokens or ()) if text not in ("", _NO_TEXT)]
+        shown = "not known" if tokens is None else ", ".join(texts) or "none"
         yield f"{name} by the decoder: {shown}"
 
 

@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
+from autointerp_dagster.adapters.manifests import Manifest
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.study import Study
 from autointerp_dagster.study.stages import places_of, stages_of
@@ -28,9 +29,15 @@ def print_status(study: Study, store: Store, console: Console) -> None:
             f"{len(made) - len(cut_short)}/{len(heads)}",
             str(len(cut_short) or ""),
             str(len(heads) - len(made) or ""),
-            str(sum(blob.n_rows or 0 for head in made for blob in head.blobs)),
+            str(sum(map(_n_rows, made))),
             f"{sum(head.provenance.seconds for head in made):.1f}",
             f"{usd:.2f}" if usd else "",
         )
     console.print(table)
     console.print(f"Results: {store.root}")
+
+
+def _n_rows(head: Manifest) -> int:
+    """Rows of its tables; of vectors, which are no table, the windows that have one."""
+    rows = [blob.n_rows for blob in head.blobs if blob.n_rows is not None]
+    return sum(rows) if any(rows) else int(head.summary.get("n_windows", 0))

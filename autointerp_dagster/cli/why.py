@@ -5,11 +5,12 @@ verdict -> call -> prompt and answer; verdict -> window -> document; manifest ->
 present heads, so an old score is explained as it was.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
 import polars as pl
+import pyarrow.compute as pc
 from rich.console import Console
 from rich.markup import escape
 from rich.tree import Tree
@@ -21,7 +22,7 @@ from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.cli.latent_statistics import add_statistics
 from autointerp_dagster.core.errors import StudyError
 from autointerp_dagster.core.llm import JournalBlock
-from autointerp_dagster.core.schemas import EXPLANATIONS, VERDICTS
+from autointerp_dagster.core.schemas import EXPLANATIONS, VERDICTS, WINDOWS
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import Cell, LayerKey
 from autointerp_dagster.resources.coders import LATENTS_PER_BLOCK
@@ -40,8 +41,9 @@ class Walk:
     store: Store
     manifest: Manifest
     """Of the score."""
-    ancestors: dict[str, Manifest]
-    """By asset: the manifests that the score rests on."""
+    made_from: dict[str, list[Manifest]]
+    """By asset: all manifests that the score rests on, the nearest first. Neighbours, for one, are
+    counted on every range of a layer."""
     external: dict[str, str]
     """``asset place`` to weights' or corpus hash."""
 
@@ -52,15 +54,24 @@ class Walk:
         Raises:
             StoreError: If one is missing or was changed.
         """
-        ancestors: dict[str, Manifest] = {}
+        made_from: dict[str, list[Manifest]] = {}
         external: dict[str, str] = {}
         for upstream in _ancestors(store, manifest):
             if upstream.manifest is None:
                 external.setdefault(f"{upstream.asset} {upstream.cell}", upstream.content_hash)
             else:
-                # The nearest of an asset comes first: what the score itself was made from.
-                ancestors.setdefault(upstream.asset, store.manifest(upstream.manifest))
-        return cls(store, manifest, ancestors, external)
+                found = made_from.setdefault(upstream.asset, [])
+                found.append(store.manifest(upstream.manifest))
+        return cls(store, manifest, made_from, external)
+
+    @property
+    def ancestors(self) -> dict[str, Manifest]:
+        """By asset: what the score itself was made from, of its own cell where there is one."""
+        cell = self.manifest.cell
+        return {
+            asset: next((m for m in found if m.cell == cell), found[0])
+            for asset, found in self.made_from.items()
+        }
 
     def verdicts(self, latent: int) -> pl.DataFrame:
         """All verdicts on a latent's windows."""
@@ -68,6 +79,13 @@ class Walk:
         return pl.concat([VERDICTS.empty(), *tables], how="diagonal").filter(
             pl.col("latent") == latent
         )
+
+    def neighbours(self, latent: int) -> dict[int, int]:
+        """Which latent fires in each window of kind ``neighbour``."""
+        blobs = [b for b in self.ancestors["latent_records"].blobs if b.name == WINDOWS.name]
+        tables = [self.store.table(blob, pc.field("latent") == latent) for blob in blobs]
+        rows = pl.concat([WINDOWS.empty(), *tables], how="diagonal").drop_nulls("neighbour")
+        return dict(rows.select("window_id", "neighbour").iter_rows())
 
     def explanation(self, latent: int, explainer: str) -> dict[str, object]:
         """The explanation's row."""
@@ -147,7 +165,7 @@ def _add_verdicts(tree: Tree, walk: Walk, journal: Journal, layer: LayerKey, lat
     if verdicts.is_empty():
         tree.add(walk.why_unscored(latent))
         return
-    dataset = walk.dataset()
+    dataset, neighbours = walk.dataset(), walk.neighbours(latent)
     groups = verdicts.partition_by("explainer", "subject", as_dict=True, maintain_order=True)
     for (explainer, subject), rows in groups.items():
         if explainer is None:
@@ -162,13 +180,15 @@ def _add_verdicts(tree: Tree, walk: Walk, journal: Journal, layer: LayerKey, lat
             _add_call(branch, journal, row["call_id"], writing, "written by")
         judging = walk.block(walk.manifest.stage, layer, latent)
         for verdict in rows.head(SHOWN_WINDOWS).iter_rows(named=True):
-            leaf = branch.add(_verdict_line(verdict, dataset))
+            leaf = branch.add(_verdict_line(verdict, dataset, neighbours))
             _add_call(leaf, journal, verdict["call_id"], judging, "judged by")
         if rows.height > SHOWN_WINDOWS:
             branch.add(f"... and {rows.height - SHOWN_WINDOWS} more windows in the table")
 
 
-def _verdict_line(verdict: dict[str, object], dataset: TokenDataset) -> str:
+def _verdict_line(
+    verdict: dict[str, object], dataset: TokenDataset, neighbours: Mapping[int, int]
+) -> str:
     window = int(str(verdict["window_id"]))
     context, start = window >> 16, window & 0xFFFF
     document = document_of(dataset, context)
@@ -184,8 +204,17 @@ def _verdict_line(verdict: dict[str, object], dataset: TokenDataset) -> str:
     return escape(
         f"window {window} (context {context}, position {start}) of document "
         f"{document['doc_id']!r} (text {document['content_hash']}): "
-        f"activating {verdict['is_activating']}, {outcome}"
+        f"activating {verdict['is_activating']}{_kind_of(verdict, neighbours)}, {outcome}"
     )
+
+
+def _kind_of(verdict: dict[str, object], neighbours: Mapping[int, int]) -> str:
+    kind = verdict["negative_kind"]
+    if kind is None:
+        return ""
+    neighbour = neighbours.get(int(str(verdict["window_id"]))) if kind == "neighbour" else None
+    fires = "" if neighbour is None else f": latent {neighbour} fires here"
+    return f" ({kind}{fires})"
 
 
 def _add_call(tree: Tree, journal: Journal, call_id: object, block: JournalBlock, how: str) -> None:
@@ -212,9 +241,13 @@ def _asked(entry: Entry) -> str:
 
 def _add_manifests(tree: Tree, walk: Walk) -> None:
     branch = tree.add("made from")
-    for manifest in (walk.manifest, *walk.ancestors.values()):
-        when, run = manifest.provenance.finished, manifest.provenance.run_id
-        branch.add(f"{manifest.path} version {manifest.stage_version}, run {run}, {when}")
+    for asset, manifests in {walk.manifest.stage: [walk.manifest], **walk.made_from}.items():
+        several = len(manifests) > 1
+        what = "ranges" if "/" in manifests[0].cell else "places"
+        below = branch.add(f"{asset}: {len(manifests)} {what}") if several else branch
+        for manifest in manifests:
+            when, run = manifest.provenance.finished, manifest.provenance.run_id
+            below.add(f"{manifest.path} version {manifest.stage_version}, run {run}, {when}")
     for name, version in sorted(walk.external.items()):
         branch.add(f"{escape(name)}: hash {version}")
 

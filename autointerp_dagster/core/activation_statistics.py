@@ -17,6 +17,7 @@ import polars as pl
 from jaxtyping import Bool, Float32, Float64, Int32, Int64, UInt16, UInt32
 from scipy.sparse import csr_array
 
+from autointerp_dagster.core.grouping import number_in_group
 from autointerp_dagster.core.schemas import LATENT_STATISTICS
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import LayerKey
@@ -243,7 +244,7 @@ class StatisticsBuilder:
         self._n_most_frequent[fired] = np.maximum.reduceat(sums.n_tokens, sums.bounds[:-1])
         top = _largest(sums)
         segment = segment[top]
-        rank = np.arange(top.size) - np.searchsorted(segment, segment)
+        rank = number_in_group(segment)
         self._top_token[fired] = -1
         self._top_token[fired[segment], rank] = sums.token[top]
         self._top_sum[fired[segment], rank] = sums.summed[top]
@@ -327,8 +328,7 @@ def _largest(sums: _TokenSums) -> Int64[np.ndarray, " group"]:
     near = np.flatnonzero(sums.summed >= np.repeat(threshold, sizes))
     segment = np.searchsorted(sums.bounds, near, side="right") - 1
     order = np.lexsort((-sums.summed[near], segment))  # stable: tokens ascend within a latent
-    rank = np.arange(near.size) - np.searchsorted(segment, segment)
-    return near[order[rank < N_TOP_TOKENS]]
+    return near[order[number_in_group(segment) < N_TOP_TOKENS]]
 
 
 def _position_buckets(

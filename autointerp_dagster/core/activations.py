@@ -8,16 +8,17 @@
 A generator, so that memory holds one chunk; where the non-zeros go is the caller's business.
 """
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 import torch
-from jaxtyping import Float, Float32, Int64, UInt16, UInt32
+from jaxtyping import Float, Float32, Int32, Int64, UInt16, UInt32
 from torch import Tensor, nn
 
-from autointerp_dagster.core.errors import ModelError
+from autointerp_dagster.core.errors import CoderError, ModelError, StudyError
 from autointerp_dagster.core.hooks import captured_outputs
 from autointerp_dagster.core.schemas import FIRING_COUNTS
 from autointerp_dagster.core.sparse_coders import SparseActivations, SparseCoder
@@ -28,6 +29,8 @@ _TOKEN_BITS, _VALUE_BITS = 24, 16
 _MAX_LATENTS, _MAX_TOKENS = 1 << (63 - _TOKEN_BITS - _VALUE_BITS), 1 << _TOKEN_BITS
 _INFINITY = 0x7F80
 """In bfloat16; NaN is above it."""
+
+logger = logging.getLogger(__name__)
 
 
 class Nonzeros(NamedTuple):
@@ -52,6 +55,8 @@ class Chunk(NamedTuple):
     contexts: Int64[np.ndarray, " context"]
     """Ascending."""
     nonzeros: dict[LayerKey, Nonzeros]
+    batch_size: int
+    """Most contexts that ran at once: fewer than asked for after a lack of memory."""
 
 
 class FiringCounts:
@@ -111,7 +116,8 @@ def chunks_of(
             False)`` in inference mode. Contexts of a chunk are equally long: no padding, no mask.
         dataset: The contexts.
         coders: On ``device``; several may share a hookpoint.
-        batch_size: Contexts in one forward pass.
+        batch_size: Contexts in one forward pass. Where memory lacks they are run in halves, and so
+            are those of all later chunks; the chunks stay as they are.
         device: Where the model is.
         first_chunk: Chunks that are left out at the start, when a run goes on.
 
@@ -120,15 +126,21 @@ def chunks_of(
 
     Raises:
         ModelError: If the dataset holds a token that the model does not know, the model gives NaN
-            or infinity, an activation is beyond bfloat16, or a hookpoint does not fit.
+            or infinity, an activation is beyond bfloat16, a hookpoint does not fit, or there is no
+            memory for one context.
+        CoderError: If a coder has more latents than a key holds (8,388,608).
+        StudyError: If a chunk has more positions than a key holds (16,777,216).
     """
     _refuse_unknown_tokens(base_model, dataset)
+    batches = context_batches(dataset, batch_size)[first_chunk:]
+    _refuse_too_many(coders, dataset, batches)
+    forward = _Forward(base_model, dataset, coders, device, batch_size)
     ahead: _Encoded | None = None
-    for contexts in context_batches(dataset, batch_size)[first_chunk:]:
-        hidden = _forward(base_model, dataset, contexts, coders, device)
+    for contexts in batches:
+        hidden = forward(contexts)
         if ahead is not None:
             yield ahead.on_host()
-        ahead = _Encoded.of(hidden, coders, contexts, dataset.first_visible)
+        ahead = _Encoded.of(hidden, coders, contexts, dataset.first_visible, forward.batch_size)
         if device.type == "cpu":
             yield ahead.on_host()
             ahead = None
@@ -165,6 +177,7 @@ class _Encoded(NamedTuple):
     contexts: Int64[np.ndarray, " context"]
     n_positions: int
     first_position: int
+    batch_size: int
     keys: dict[LayerKey, Tensor]
     """Complete once ``copied`` is."""
     copied: torch.cuda.Event | None
@@ -176,6 +189,7 @@ class _Encoded(NamedTuple):
         coders: Mapping[LayerKey, SparseCoder],
         contexts: Int64[np.ndarray, " context"],
         first_position: int,
+        batch_size: int,
     ) -> "_Encoded":
         """Encode all layers and start to copy what fires."""
         visible = {name: of[:, first_position:] for name, of in hidden.items()}
@@ -189,7 +203,7 @@ class _Encoded(NamedTuple):
         copied = None
         if any(of.is_cuda for of in keys.values()):
             keys, copied = _start_copies(keys)
-        return cls(contexts, n_positions, first_position, keys, copied)
+        return cls(contexts, n_positions, first_position, batch_size, keys, copied)
 
     def on_host(self) -> Chunk:
         """Wait for the copy, and sort."""
@@ -199,23 +213,68 @@ class _Encoded(NamedTuple):
         return Chunk(
             self.contexts,
             {layer: _unpacked(keys.numpy(), *place, layer) for layer, keys in self.keys.items()},
+            self.batch_size,
         )
 
 
-def _forward(
-    base_model: nn.Module,
-    dataset: TokenDataset,
-    contexts: Int64[np.ndarray, " context"],
-    coders: Mapping[LayerKey, SparseCoder],
-    device: torch.device,
-) -> Mapping[str, Tensor]:
-    """What stands at each hookpoint; on a GPU this returns before it is computed."""
-    tokens = np.stack([dataset.context_tokens(int(context)) for context in contexts])
-    with torch.inference_mode():
-        input_ids = torch.from_numpy(tokens).to(torch.int64).to(device, non_blocking=True)
-        with captured_outputs(base_model, (layer.hookpoint for layer in coders)) as outputs:
-            base_model(input_ids=input_ids, use_cache=False)
-    return outputs
+class _Forward:
+    """Runs the contexts of a chunk, as many at once as there is memory for."""
+
+    def __init__(
+        self,
+        base_model: nn.Module,
+        dataset: TokenDataset,
+        coders: Mapping[LayerKey, SparseCoder],
+        device: torch.device,
+        batch_size: int,
+    ) -> None:
+        self._base_model, self._dataset, self._device = base_model, dataset, device
+        self._hookpoints = [layer.hookpoint for layer in coders]
+        self.batch_size = batch_size
+        """Halved, and kept so, whenever there is no memory for it."""
+
+    def __call__(self, contexts: Int64[np.ndarray, " context"]) -> Mapping[str, Tensor]:
+        """What stands at each hookpoint; on a GPU this returns before it is computed."""
+        parts: list[Mapping[str, Tensor]] = []
+        start = 0
+        while start < len(contexts):
+            part = self._try(contexts[start : start + self.batch_size])
+            if part is None:
+                continue
+            parts.append(part)
+            start += self.batch_size
+        if len(parts) == 1:
+            return parts[0]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _try(self, contexts: Int64[np.ndarray, " context"]) -> Mapping[str, Tensor] | None:
+        """Null after a lack of memory; the next try is with half as many contexts."""
+        tokens = np.stack([self._dataset.context_tokens(int(context)) for context in contexts])
+        try:
+            return self._run(tokens)
+        except torch.OutOfMemoryError as error:
+            if len(contexts) == 1:
+                raise ModelError(
+                    f"context {contexts[0]}: no memory on {self._device} for its "
+                    f"{tokens.shape[1]} tokens, even alone, as with models.subject.batch_size 1. "
+                    "Free memory there, or choose shorter contexts."
+                ) from error
+        self.batch_size = len(contexts) // 2
+        logger.warning(
+            "out of memory: running %d contexts at a time; lower models.subject.batch_size",
+            self.batch_size,
+        )
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    def _run(self, tokens: Int32[np.ndarray, "context position"]) -> Mapping[str, Tensor]:
+        with torch.inference_mode():
+            input_ids = torch.from_numpy(tokens).to(torch.int64)
+            input_ids = input_ids.to(self._device, non_blocking=True)
+            with captured_outputs(self._base_model, self._hookpoints) as outputs:
+                self._base_model(input_ids=input_ids, use_cache=False)
+        return outputs
 
 
 def _keys(found: SparseActivations) -> Int64[Tensor, " nnz"]:
@@ -285,6 +344,29 @@ def _refuse_unknown_tokens(base_model: nn.Module, dataset: TokenDataset) -> None
             f"{dataset.tokens[first]}, the subject model's vocabulary has {size}. Make the token "
             "dataset with this model's tokenizer."
         )
+
+
+def _refuse_too_many(
+    coders: Mapping[LayerKey, SparseCoder],
+    dataset: TokenDataset,
+    batches: Sequence[Int64[np.ndarray, " _"]],
+) -> None:
+    """Beyond these a key's parts would run into each other."""
+    for layer, coder in coders.items():
+        if coder.num_latents > _MAX_LATENTS:
+            raise CoderError(
+                f"{layer}: the coder has {coder.num_latents} latents, the activation cache holds "
+                f"at most {_MAX_LATENTS}. Choose a narrower coder."
+            )
+    lengths = np.diff(dataset.offsets)
+    for contexts in batches:
+        length = int(lengths[contexts[0]]) - dataset.first_visible
+        if length * len(contexts) > _MAX_TOKENS:
+            raise StudyError(
+                f"models.subject.batch_size: {len(contexts)} contexts with {length} positions "
+                f"each, a chunk holds at most {_MAX_TOKENS} positions. "
+                f"Lower it to {_MAX_TOKENS // length} or less."
+            )
 
 
 def _refuse_non_finite(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from autointerp_dagster.resources.promoting import promoted_by_decoder
 from autointerp_dagster.resources.store import OUTSIDE_CODER, Commit, StageRun
 from autointerp_dagster.study import Study
 
-_DECIDING = ("device", "batch_size", "torch", "transformers")
+_DECIDING = ("device", "hardware", "batch_size", "torch", "transformers")
 """Of a model's execution: what may change the last bits, so that a pass is not gone on with."""
 
 
@@ -106,9 +107,11 @@ class Caching:
         frames = _observed(cached.frames(cell.layer, cell.range), builder)
         store = self.stage.store
         blobs = write_shard(store, frames, mine["n_tokens"].to_numpy().astype(np.int64))
-        promoted = promoted_by_decoder(self.model, loaded.coder, cell.layer, latents)
+        promoted = None
+        if self.study.logit_lens:
+            promoted = promoted_by_decoder(self.model, loaded.coder, cell.layer, latents)
         statistics = builder.table(cell.layer, *(promoted or (None, None)))
-        _refuse_lost(cell, statistics, mine)
+        _refuse_lost(cell, statistics, mine, cached.folder)
         blobs.append(store.put_table(FIRING_COUNTS, counts))
         blobs.append(store.put_table(LATENT_STATISTICS, statistics))
         summary, plots = _shown(mine)
@@ -121,16 +124,18 @@ def _observed(frames: Iterable[pl.DataFrame], builder: StatisticsBuilder) -> Ite
         yield frame
 
 
-def _refuse_lost(cell: Cell, statistics: pl.DataFrame, counts: pl.DataFrame) -> None:
-    found, counted = statistics["n_tokens"], counts["n_tokens"]
-    differ = (found != counted).arg_true()
-    if differ.len():
-        i = int(differ[0])
-        raise StoreError(
-            f"{cell}: latent {cell.range.start + i} has {found[i]} spooled activations, wanted the "
-            f"{counted[i]} that were counted. The spool is damaged: remove its folder in "
-            f"{default_spool_dir()} and run again."
-        )
+def _refuse_lost(cell: Cell, statistics: pl.DataFrame, counts: pl.DataFrame, folder: Path) -> None:
+    """What was spooled must be what was counted while the model ran."""
+    for column in ("n_tokens", "n_contexts", "max_activation"):
+        found, counted = statistics[column], counts[column]
+        differ = found.ne_missing(counted).arg_true()
+        if differ.len():
+            i = int(differ[0])
+            raise StoreError(
+                f"{cell}: {column} of latent {cell.range.start + i} is {found[i]} in the spool, "
+                f"wanted {counted[i]} as counted. The spool is damaged: remove {folder} and run "
+                "again."
+            )
 
 
 def _shown(counts: pl.DataFrame) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What the stage ``window_embeddings`` does: every distinct text of the grid, embedded once."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -10,16 +11,20 @@ from jaxtyping import Bool, Float16, Int64, UInt64
 
 from autointerp_dagster.adapters.datasets import read_dataset
 from autointerp_dagster.adapters.embedders import SentenceEmbedder
-from autointerp_dagster.adapters.manifests import Part
+from autointerp_dagster.adapters.manifests import Manifest, Part
 from autointerp_dagster.adapters.window_vectors import (
     SEGMENT,
     VECTORS,
+    EmbeddedWindows,
     get_vectors,
+    get_windows,
     numbered,
     put_vectors,
     put_windows,
+    segments_of,
     unit_vectors,
 )
+from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.negatives import ShownTokens, shown_tokens
 from autointerp_dagster.core.rng import address_key, hash_priority
 from autointerp_dagster.core.tokens import Detokenizer, TokenDataset
@@ -29,6 +34,9 @@ from autointerp_dagster.resources.store import Commit
 from autointerp_dagster.study import Study
 
 _DTYPE = "float16"
+_PLACE = WholeStudy()
+
+_logger = logging.getLogger(__name__)
 
 
 class _Texts(NamedTuple):
@@ -54,16 +62,19 @@ class WindowEmbedding:
     segment_len: int = SEGMENT
     """Windows that are embedded and stored together."""
     _kept: dict[int, Float16[np.ndarray, " dim"]] = field(default_factory=dict)
-    """Vectors of texts that come again, by their first window."""
+    """Vectors of texts that come again or were known before, by their first window."""
 
     def made(self) -> Commit:
         """Embeds what the store does not hold, segment by segment; each is kept once it is made.
+
+        A segment whose windows are others than before takes the vectors of texts that the study's
+        last result holds, so only texts that are new are embedded.
 
         Raises:
             StoreError: If the token dataset was never materialized, or a segment is damaged.
             ModelError: If the embedder cannot be loaded.
         """
-        source = self.stage.input("token_dataset", WholeStudy())
+        source = self.stage.input("token_dataset", _PLACE)
         dataset = read_dataset(self.stage.store, source)
         window_id, shown = _chosen(dataset, self.study)
         texts = _texts(self._texts_of(dataset, shown, slice(None)), len(window_id))
@@ -74,8 +85,8 @@ class WindowEmbedding:
             "n_distinct": int((texts.first == np.arange(len(window_id))).sum()),
             "n_embedded": self.embedder.n_embedded - before,
         }
-        blobs = [put_windows(self.stage.store, window_id), *numbered([p.blob for p in parts])]
-        return Commit(blobs, summary)
+        windows = put_windows(self.stage.store, EmbeddedWindows(window_id, texts.digest))
+        return Commit([windows, *numbered([part.blob for part in parts])], summary)
 
     def _parts(self, dataset: TokenDataset, shown: ShownTokens, texts: _Texts) -> list[Part]:
         """Every segment; what is needed of one that is stored already is read."""
@@ -86,6 +97,7 @@ class WindowEmbedding:
         parameters = [self._parameters(texts, segment) for segment in segments]
         found = [self.stage.found_part(VECTORS, named) for named in parameters]
         last_missing = max((i for i, part in enumerate(found) if part is None), default=-1)
+        self._recall(texts, [segments[i] for i, part in enumerate(found) if part is None])
         parts = []
         bar = self.progress(
             range(len(segments)),
@@ -118,7 +130,7 @@ class WindowEmbedding:
             new = {
                 number: text
                 for number, text in enumerate(said, segment.start)
-                if first[number - segment.start] == number
+                if first[number - segment.start] == number and number not in self._kept
             }
             made = unit_vectors(self.embedder.embed(list(new.values()))) if new else ()
             fresh = dict(zip(new, made, strict=True))
@@ -127,6 +139,41 @@ class WindowEmbedding:
             return Part(name=VECTORS, fingerprint="", blob=put_vectors(self.stage.store, vectors))
 
         return self.stage.part(VECTORS, parameters, make)
+
+    def _recall(self, texts: _Texts, missing: Sequence[slice]) -> None:
+        """Keep what the study's last result holds of the texts of these segments."""
+        if not missing:
+            return
+        numbers = np.concatenate([np.arange(segment.start, segment.stop) for segment in missing])
+        numbers = numbers[texts.first[numbers] == numbers]
+        try:
+            last = self._last_result()
+            if last is not None:
+                self._recall_from(last, texts, numbers)
+        except StoreError as error:
+            _logger.warning("known vectors are not used: %s", error)
+
+    def _last_result(self) -> Manifest | None:
+        """Of the same embedder and version; null if there is none."""
+        stage = self.stage
+        last = stage.store.head(self.study.name, stage.stage.name, str(_PLACE))
+        if last is None or last.stage_version != stage.stage.version:
+            return None
+        is_same = last.parameters.get("embedder") == stage.parameters["embedder"]
+        return last if is_same else None
+
+    def _recall_from(
+        self, last: Manifest, texts: _Texts, numbers: Int64[np.ndarray, " wanted"]
+    ) -> None:
+        known = get_windows(self.stage.store, last).text
+        at = _rows_with(known, texts.digest[numbers])
+        start = 0
+        for blob in segments_of(last):
+            vectors = get_vectors(self.stage.store, blob)
+            is_here = (at >= start) & (at < start + len(vectors))
+            for number, row in zip(numbers[is_here].tolist(), at[is_here].tolist(), strict=True):
+                self._kept[number] = vectors[row - start].copy()
+            start += len(vectors)
 
     def _keep(
         self, texts: _Texts, segment: slice, vectors: Float16[np.ndarray, "window dim"]
@@ -176,3 +223,15 @@ def _texts(texts: Iterator[str], n: int) -> _Texts:
     first[order] = order[is_first][group]
     is_repeated[order] = np.bincount(group, minlength=1)[group] > 1
     return _Texts(digest, first, is_repeated)
+
+
+def _rows_with(
+    known: UInt64[np.ndarray, "row half"], asked: UInt64[np.ndarray, "asked half"]
+) -> Int64[np.ndarray, " asked"]:
+    """The first row of each hash; -1 where there is none."""
+    if not len(known):
+        return np.full(len(asked), -1, dtype=np.int64)
+    order = np.argsort(known[:, 0], kind="stable")
+    at = np.searchsorted(known[order, 0], asked[:, 0])
+    row = order[np.minimum(at, len(order) - 1)]
+    return np.where((known[row] == asked).all(axis=1), row, -1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import groupby
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from autointerp_dagster.adapters.datasets import read_dataset
-from autointerp_dagster.adapters.manifests import Manifest
+from autointerp_dagster.adapters.manifests import Manifest, Part
 from autointerp_dagster.adapters.shards import ActivationShard
 from autointerp_dagster.core.config import NeighboursConfig
 from autointerp_dagster.core.neighbours import (
@@ -36,8 +37,9 @@ from autointerp_dagster.resources.plots import histogram, preview
 from autointerp_dagster.resources.store import Commit, StageRun
 from autointerp_dagster.study import Study
 
-Found = dict[NeighbourMeasure, Ranked]
-"""The neighbours of the latents of one cell."""
+WINDOWS_AT_ONCE = 1 << 21
+"""Windows of neighbours in memory: 64 of each of 32,768 latents, about 0.2 GB. So many more make
+another pass over the layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +78,15 @@ class Neighbouring:
     config: NeighboursConfig
     coders: Coders
     progress: Progress
+    windows_at_once: int = WINDOWS_AT_ONCE
+    """At most, unless one cell has more: its neighbours times ``config.n_windows``."""
 
     def commit_cells(self) -> None:
-        """Finds the neighbours of every pending cell and commits them."""
+        """Finds the neighbours of every pending cell and commits them.
+
+        What is found of a cell is kept at once, so a run that was killed does not search for it
+        again. Windows are drawn for some cells at a time, which are then committed.
+        """
         pending = sorted(self.stage.pending_cells())
         for layer, cells in groupby(pending, key=lambda cell: cell.layer):
             self._commit_layer(layer, list(cells))
@@ -87,10 +95,11 @@ class Neighbouring:
         dataset = read_dataset(self.stage.store, self.stage.input("token_dataset", WholeStudy()))
         activations = self._activations(cells[0])
         counted = CountedTokens.of(dataset, layer, self.config.max_tokens, self.study.sampling.seed)
-        found = self._found(layer, cells, activations, counted)
-        windows = self._windows(layer, found, activations, dataset)
-        for cell in cells:
-            self._commit(cell, found[cell], windows, counted.n_tokens)
+        parts = self._searched(layer, cells, activations, counted)
+        for group in self._groups(cells, parts):
+            windows = self._windows(layer, group, activations, dataset)
+            for cell, table in group.items():
+                self._commit(cell, table, windows, counted.n_tokens)
 
     def _activations(self, cell: Cell) -> LayerActivations:
         """Of all ranges of the cell's layer."""
@@ -98,23 +107,48 @@ class Neighbouring:
         inside = tuple(manifest for manifest in manifests if manifest.status == "ok")
         return LayerActivations(self.stage, inside, self.progress)
 
-    def _found(
+    def _searched(
         self,
         layer: LayerKey,
         cells: Sequence[Cell],
         activations: LayerActivations,
         counted: CountedTokens,
-    ) -> dict[Cell, Found]:
-        n_latents = next(activations.shards()).firing_counts.height
-        found: dict[Cell, Found] = {cell: {} for cell in cells}
+    ) -> dict[Cell, list[Part]]:
+        """Of every cell a table for each measure; one that a killed run has found is not sought."""
+        parts: dict[Cell, list[Part]] = {cell: [] for cell in cells}
         for measure in self.config.measures:
-            search = self._search(layer, measure, activations, counted, n_latents)
+            search = cache(partial(self._search, layer, measure, activations, counted))
             shown = self.progress(
                 cells, total=len(cells), description=f"{layer} {measure}", unit="ranges"
             )
             for cell in shown:
-                found[cell][measure] = search(cell)
-        return found
+                named = {"cell": self.stage.fingerprint(cell), "measure": measure}
+                make = partial(self._found, cell, measure, search)
+                parts[cell].append(self.stage.part(NEIGHBOURS.name, named, make))
+        return parts
+
+    def _found(
+        self, cell: Cell, measure: NeighbourMeasure, search: Callable[[], Callable[[Cell], Ranked]]
+    ) -> Part:
+        table = neighbours_table({measure: search()(cell)}, cell.layer)
+        blob = self.stage.store.put_table(NEIGHBOURS, table)
+        return Part(name=NEIGHBOURS.name, fingerprint="", blob=blob)
+
+    def _groups(
+        self, cells: Sequence[Cell], parts: Mapping[Cell, Sequence[Part]]
+    ) -> Iterator[dict[Cell, pl.DataFrame]]:
+        """The tables of so many cells that the windows of all their neighbours fit in memory."""
+        group: dict[Cell, pl.DataFrame] = {}
+        others = np.zeros(0, dtype=np.int64)
+        for cell in cells:
+            tables = [self.stage.store.table(part.blob) for part in parts[cell]]
+            table = NEIGHBOURS.conform(pl.concat(tables))
+            both = np.union1d(others, self._drawn_from(table))
+            if group and len(both) * self.config.n_windows > self.windows_at_once:
+                yield group
+                group, both = {}, self._drawn_from(table)
+            group[cell], others = table, both
+        yield group
 
     def _search(
         self,
@@ -122,10 +156,10 @@ class Neighbouring:
         measure: NeighbourMeasure,
         activations: LayerActivations,
         counted: CountedTokens,
-        n_latents: int,
     ) -> Callable[[Cell], Ranked]:
         """Finds the neighbours of a cell of the layer."""
         n = self.config.n_neighbours
+        n_latents = next(activations.shards()).firing_counts.height
         if measure == "cofiring":
             incidence = Incidence.of(
                 lambda: activations.frames(f"{layer} firings"), n_latents, counted
@@ -146,7 +180,7 @@ class Neighbouring:
     def _windows(
         self,
         layer: LayerKey,
-        found: Mapping[Cell, Found],
+        group: Mapping[Cell, pl.DataFrame],
         activations: LayerActivations,
         dataset: TokenDataset,
     ) -> DrawnWindows:
@@ -157,16 +191,19 @@ class Neighbouring:
             self.study.sampling.window_len,
             self.config.n_windows,
             self.study.sampling.seed,
-            np.unique(np.concatenate([self._drawn_from(ranked) for ranked in found.values()])),
+            np.unique(np.concatenate([self._drawn_from(table) for table in group.values()])),
         )
         return drawn_windows(activations.frames(f"{layer} windows"), draw)
 
-    def _drawn_from(self, found: Found) -> np.ndarray[Any, np.dtype[np.int64]]:
-        return found[self.config.measures[0]].neighbour
+    def _drawn_from(self, table: pl.DataFrame) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Ascending, each once."""
+        first = table.filter(pl.col("measure") == self.config.measures[0])
+        return first["neighbour"].unique().sort().to_numpy().astype(np.int64)
 
-    def _commit(self, cell: Cell, found: Found, windows: DrawnWindows, n_tokens: int) -> None:
-        mine = windows.of(np.unique(self._drawn_from(found)))
-        table = neighbours_table(found, cell.layer)
+    def _commit(
+        self, cell: Cell, table: pl.DataFrame, windows: DrawnWindows, n_tokens: int
+    ) -> None:
+        mine = windows.of(self._drawn_from(table))
         drawn = neighbour_windows_table(mine, self.study.sampling.window_len, cell.layer)
         blobs = [
             self.stage.store.put_table(NEIGHBOURS, table),

@@ -2,9 +2,12 @@
 
 import logging
 
+import torch
+
 from autointerp_dagster.adapters.subject_models import SubjectModel
 from autointerp_dagster.core.logit_lens import centred, promoted_and_suppressed
 from autointerp_dagster.core.sparse_coders import SparseCoder
+from autointerp_dagster.core.sparse_coders.host import has_fast_bfloat16
 from autointerp_dagster.core.types import LayerKey
 
 N_TOKENS = 8
@@ -52,6 +55,8 @@ def promoted_by_decoder(
         )  # fmt: skip
         return None
     n = min(N_TOKENS, lens.weight.shape[0])
+    is_fast = lens.weight.device.type == "cuda" or has_fast_bfloat16()
+    rough = torch.bfloat16 if is_fast else torch.float32
     promoted: list[list[int]] = []
     suppressed: list[list[int]] = []
     for first in range(0, len(latents), _LATENTS_AT_ONCE):
@@ -59,7 +64,7 @@ def promoted_by_decoder(
         if lens.centres:
             rows = centred(rows)
         has_direction = rows.ne(0).any(dim=1).tolist()
-        found = promoted_and_suppressed(rows, lens.weight, lens.norm_weight, n)
+        found = promoted_and_suppressed(rows, lens.weight, lens.norm_weight, n, rough)
         for tokens, kept in zip(found, (promoted, suppressed), strict=True):
             pairs = zip(tokens.tolist(), has_direction, strict=True)
             kept.extend(ids if is_direction else [] for ids, is_direction in pairs)

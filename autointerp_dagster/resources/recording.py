@@ -15,10 +15,8 @@ from autointerp_dagster.adapters.manifests import Blob
 from autointerp_dagster.adapters.shards import ActivationShard
 from autointerp_dagster.core.latent_records import RecordCounts, latent_records_of, record_counts
 from autointerp_dagster.core.schemas import LATENTS, WINDOWS
-from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import Cell, WholeStudy
-from autointerp_dagster.core.windows import WindowGrid, window_grid
-from autointerp_dagster.resources.negative_sources import negative_sources
+from autointerp_dagster.resources.negative_sources import RecordSources
 from autointerp_dagster.resources.stage_inputs import StageInputs
 from autointerp_dagster.study import Study
 
@@ -39,7 +37,7 @@ class StoredRecords(NamedTuple):
 def stored_records(
     stage: StageInputs, study: Study, cells: Sequence[Cell]
 ) -> Iterator[tuple[Cell, StoredRecords]]:
-    """The records of some cells, which share the corpus and its windows.
+    """The records of some cells, which share the corpus, its windows and what is found in them.
 
     Raises:
         StoreError: As :func:`store_records`.
@@ -47,27 +45,19 @@ def stored_records(
     """
     if cells:
         dataset = read_dataset(stage.store, stage.input("token_dataset", WholeStudy()))
-        grid = window_grid(dataset, study.sampling)
+        sources = RecordSources(stage, study, dataset)
         for cell in cells:
-            yield cell, store_records(stage, study, cell, dataset, grid)
+            yield cell, store_records(sources, cell)
 
 
 def store_records(
-    stage: StageInputs,
-    study: Study,
-    cell: Cell,
-    dataset: TokenDataset,
-    grid: WindowGrid,
-    block_rows: int = BLOCK_ROWS,
+    sources: RecordSources, cell: Cell, block_rows: int = BLOCK_ROWS
 ) -> StoredRecords:
     """Make the records of a cell and store both tables; the same ones for any ``block_rows``.
 
     Args:
-        stage: A run of ``latent_records``.
-        study: Says how windows are drawn.
+        sources: Of a run of ``latent_records``.
         cell: Whose activation cache is read.
-        dataset: What it was computed on.
-        grid: Of ``dataset`` and the study's sampling.
         block_rows: Non-zeros in memory at a time, or those of one latent if it has more.
 
     Raises:
@@ -75,6 +65,7 @@ def store_records(
             written.
         ValueError: If the cache holds what cannot be (see ``latent_records_of``).
     """
+    stage = sources.stage
     shard = ActivationShard(stage.store, stage.input("activation_cache", cell))
     latents: list[pl.DataFrame] = [LATENTS.empty()]
 
@@ -83,12 +74,12 @@ def store_records(
             tables = latent_records_of(
                 shard.read(block),
                 shard.firing_counts,
-                dataset,
+                sources.dataset,
                 cell.layer,
                 block,
-                study.sampling,
-                grid,
-                negative_sources(stage, study, cell, block, grid, dataset),
+                sources.study.sampling,
+                sources.grid,
+                sources.of(cell, block),
             )
             latents.append(tables.latents)
             yield tables.windows

@@ -7,6 +7,7 @@ names file, line, key and remedy.
 from pathlib import Path
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from autointerp_dagster.core.errors import StudyError
 from autointerp_dagster.study.file import StudyFile
@@ -27,7 +28,7 @@ def load_study(path: str | Path) -> Study:
     try:
         return Study.model_validate(content)
     except ValidationError as error:
-        problems = [file.explain(problem, Study) for problem in error.errors()]
+        problems = [file.explain(problem, Study) for problem in _causes(error.errors())]
         raise StudyError("\n".join(problems)) from error
 
 
@@ -48,3 +49,9 @@ def find_studies(folder: Path) -> list[Study]:
         if names.count(name) > 1:
             raise StudyError(f"{folder}: two studies are named {name!r}. Rename one of them.")
     return studies
+
+
+def _causes(problems: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Without those of lists that are too short only because an item of them does not fit."""
+    lists = {problem["loc"][:-1] for problem in problems}
+    return [p for p in problems if p["type"] != "too_short" or p["loc"] not in lists]

@@ -74,11 +74,14 @@ class Study(Parameters, frozen=True):
     """Latents per cell."""
     latents: LatentSelection = "all"
     """Which latents are explained."""
+    logit_lens: bool = True
+    """Whether the activation cache names the tokens that each decoder row promotes and suppresses;
+    null without. Multiplies every row by the unembedding: dear on a CPU for a large vocabulary."""
     sampling: SamplingConfig = SamplingConfig()
     neighbours: NeighboursConfig | None = None
     """Which latents are near each other; null: not asked, unless negatives are of that kind."""
     window_embeddings: WindowEmbeddingsConfig = WindowEmbeddingsConfig()
-    """For negatives of kind ``similar``."""
+    """For negatives of kind ``similar``; without them it has no effect."""
     explainers: dict[str, ExplainerConfig] = Field(min_length=1)
     """Explainers by name."""
     interventions: InterventionsConfig = InterventionsConfig()
@@ -260,6 +263,29 @@ class Study(Parameters, frozen=True):
                         "process (source), where an answer is one line and no steps are written. "
                         "Use a model behind a server (base_url or serve), or leave it out."
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _check_promoted(self) -> "Study":
+        for name, config in self.explainers.items():
+            shows = isinstance(config, DefaultExplainerConfig) and config.show_promoted
+            if shows and not self.logit_lens:
+                raise ValueError(
+                    f"explainers.{name}.show_promoted: with logit_lens: false no promoted tokens "
+                    "are known. Set logit_lens to true, or leave show_promoted out."
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_marks(self) -> "Study":
+        fuzzing = self.scorers.fuzzing
+        exchanges_marks = fuzzing is not None and "active" in fuzzing.variants
+        if exchanges_marks and self.sampling.window_mode == "centred":
+            raise ValueError(
+                "scorers.fuzzing.variants: 'active' exchanges marks between windows, and with "
+                "sampling.window_mode: centred all peaks stand at the same place, so hardly any "
+                "two can. Leave 'active' out, or use window_mode: fixed."
+            )
         return self
 
     @model_validator(mode="after")

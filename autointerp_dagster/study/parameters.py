@@ -37,12 +37,11 @@ def parameters_of(study: Study, stage: str) -> dict[str, Any]:
         case "token_dataset":
             return study.tokens.identity()
         case "activation_cache":
-            return {"logit_lens": LENS_VERSION}
+            return {"logit_lens": LENS_VERSION if study.logit_lens else None}
         case "neighbours":
             return _neighbour_parameters(study)
         case "window_embeddings":
-            windows = study.window_embeddings.identity()
-            return {**windows, **study.sampling.model_dump(include={"window_len", "seed"})}
+            return _window_parameters(study)
         case "latent_records":
             return study.sampling.identity()
         case "interventions":
@@ -153,15 +152,23 @@ def _metrics_parameters(study: Study, stage: str) -> dict[str, Any]:
             for name, config in asked.items()
         },
         "scoring": None if study.scoring is None else study.scoring.identity(),
-        "strategy": study.sampling.strategy,
+        **study.sampling.model_dump(include={"strategy", "n_quantiles", "silent_scope"}),
     }
 
 
 def _neighbour_parameters(study: Study) -> dict[str, Any]:
     config = study.finds_neighbours
     assert config is not None  # else the study has no such stage
-    windows = study.sampling.model_dump(include={"window_len", "seed"})
-    return {**config.identity(), **windows}
+    parameters = config.identity() | study.sampling.model_dump(include={"window_len", "seed"})
+    if "cofiring" not in config.measures:  # nothing is counted
+        del parameters["max_tokens"]
+    return parameters
+
+
+def _window_parameters(study: Study) -> dict[str, Any]:
+    is_sample = study.window_embeddings.max_windows is not None
+    drawn = {"window_len", "seed"} if is_sample else {"window_len"}
+    return study.window_embeddings.identity() | study.sampling.model_dump(include=drawn)
 
 
 def _scorer_parameters(study: Study, name: str) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 Run as a program it forks a pass again and again and kills each at a random moment.
 """
 
+import itertools
 import json
 import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,24 @@ QUARTERS = [LatentRange(i, i + 16) for i in range(0, 64, 16)]
 WORDS = ["river", "mill", "cat", "naïve", "中文", "🙂", "two hundred"]
 CAREFUL = SpoolSettings(buffer_bytes=2000, block_keys=200, checkpoint_s=0.0)
 """Everything goes through every path of a large pass."""
+
+
+class StoppedError(Exception):
+    """What stops a pass in these tests."""
+
+
+class StopsAfter:
+    """A progress display that stops the pass, and remembers what it was told."""
+
+    def __init__(self, n_chunks: int | None = None) -> None:
+        self.n_chunks = n_chunks
+        self.told: list[tuple[str, int]] = []
+
+    def __call__(self, items, *, total, description, unit="it", note=None) -> Iterator:
+        self.told.append((description, total))
+        yield from items if self.n_chunks is None else itertools.islice(items, self.n_chunks)
+        if self.n_chunks is not None and self.n_chunks < total:
+            raise StoppedError
 
 
 def subject_model_at(folder: Path, batch_size: int = 3) -> SubjectModel:
@@ -141,6 +160,17 @@ class Pass:
         }
 
 
+def _noting(path: Path) -> Progress:
+    """Writes down what a run says that it does, so that the one who kills it knows."""
+
+    def note(items, *, total, description, unit="it", note=None) -> Iterator:
+        with path.open("a") as file:
+            file.write(f"{description}\n")
+        yield from items
+
+    return note
+
+
 def _forked(model_dir: Path, coders_dir: Path, root: Path) -> int:
     """A process that runs the pass. The parent only imports: threads do not survive a fork.
 
@@ -151,10 +181,10 @@ def _forked(model_dir: Path, coders_dir: Path, root: Path) -> int:
     if child == 0:
         try:
             torch.set_num_threads(1)
-            work = Pass(model_dir, coders_dir, root, n_documents=40)
+            work = Pass(model_dir, coders_dir, root, n_documents=24)
             _ = work.model.base_model
             os.write(writer, b"x")
-            work.run()
+            work.run(progress=_noting(root.parent / "said"))
             os._exit(0)
         except BaseException as error:  # noqa: BLE001  # the fork of a test must end here
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
@@ -173,23 +203,32 @@ def _files(root: Path) -> dict[str, str]:
 
 
 def kill_again_and_again(model_dir: Path, coders_dir: Path, root: Path, n_kills: int) -> dict:
-    """Kills forks at random moments until ``n_kills`` were hit; what is left must be the same."""
+    """Kills forks at random moments until ``n_kills`` were hit; what is left must be the same.
+
+    Every third starts anew and is killed at its first checkpoint, so that there is one to go on
+    from.
+    """
     rng = np.random.default_rng(0)
     child, started = _forked(model_dir, coders_dir, root / "whole"), time.monotonic()
     _finish(child)
     seconds, expected = time.monotonic() - started, _files(root / "whole")
     again = root / "again"
     spools = again / "spools"
-    hit, finished, resumed = 0, 0, 0
+    hit, finished = 0, 0
     while hit < n_kills:
-        child = _forked(model_dir, coders_dir, again)
-        time.sleep(rng.uniform(0.0, seconds))
+        if hit % 3 == 2:
+            shutil.rmtree(again, ignore_errors=True)
+            child = _forked(model_dir, coders_dir, again)
+            while not any(spools.glob("*/checkpoint.json")):
+                time.sleep(0.001)
+        else:
+            child = _forked(model_dir, coders_dir, again)
+            time.sleep(rng.uniform(0.0, seconds))
         done, _ = os.waitpid(child, os.WNOHANG)
         if done == 0:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             hit += 1
-            resumed += any(spools.glob("*/checkpoint.safetensors"))
             if hit % 5 and hit < n_kills:  # after every fifth kill it may end
                 continue
             _finish(_forked(model_dir, coders_dir, again))
@@ -197,6 +236,7 @@ def kill_again_and_again(model_dir: Path, coders_dir: Path, root: Path, n_kills:
             sys.exit(f"after {hit} kills the blobs differ")
         finished += 1
         shutil.rmtree(again)
+    resumed = (root / "said").read_text().count("cache from")
     return {"killed": hit, "finished": finished, "resumed": resumed, "n_blobs": len(expected)}
 
 

@@ -22,6 +22,7 @@ def test_a_pass_killed_at_any_moment_and_run_again_stores_the_same_bytes(
 ):
     about = killed(3, tiny_subject_model_dir, tiny_sparsify_dir, tmp_path)
     assert about["killed"] == 3
+    assert about["resumed"] > 0  # the last was killed at its first checkpoint
     assert about["n_blobs"] == 2 * 4 * 3  # layers, ranges, blobs
 
 
@@ -32,7 +33,7 @@ def test_kill_minus_nine_at_twenty_random_moments_leaves_the_same_shards(
     about = killed(20, tiny_subject_model_dir, tiny_sparsify_dir, tmp_path)
     assert about["killed"] == 20
     assert about["finished"] >= 4
-    assert about["resumed"] >= 5  # the kills did not all come before the first checkpoint
+    assert about["resumed"] >= 5
 
 
 FULL = """
@@ -78,6 +79,6 @@ def test_a_full_disk_is_named_with_what_to_do_and_loses_nothing(
     assert "cannot be written" in message
     assert "AUTOINTERP_SPOOL" in message
     assert "last checkpoint" in message
-    assert list((tmp_path / "a" / "spools").glob("*/checkpoint.safetensors"))
+    assert list((tmp_path / "a" / "spools").glob("*/checkpoint.json"))
     after = limited(1 << 30, "finish", *where, tmp_path / "a")
     assert after == limited(1 << 30, "finish", *where, tmp_path / "b")

@@ -1,14 +1,23 @@
 """One pass caches many layers; it goes on after a stop, and nothing but the inputs matters."""
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
-from cache_pass import CAREFUL, LAYER, OTHER, QUARTERS, WHOLE, Pass, identity_of
+from cache_pass import (
+    CAREFUL,
+    LAYER,
+    OTHER,
+    QUARTERS,
+    WHOLE,
+    Pass,
+    StoppedError,
+    StopsAfter,
+    identity_of,
+)
 
 from autointerp_dagster.adapters.cache import CachedLayers, SpoolSettings, cache_layers
 from autointerp_dagster.core.errors import CoderError, ModelError
@@ -16,24 +25,6 @@ from autointerp_dagster.core.schemas import ACTIVATIONS
 from autointerp_dagster.core.types import Cell, LatentRange, LayerKey, silent
 
 CELLS = [Cell(layer, latents) for layer in (LAYER, OTHER) for latents in QUARTERS]
-
-
-class StoppedError(Exception):
-    """What stops a pass in these tests."""
-
-
-class StopsAfter:
-    """A progress display that stops the pass, and remembers what it was told."""
-
-    def __init__(self, n_chunks: int | None = None) -> None:
-        self.n_chunks = n_chunks
-        self.told: list[tuple[str, int]] = []
-
-    def __call__(self, items, *, total, description, unit="it", note=None) -> Iterator:
-        self.told.append((description, total))
-        yield from items if self.n_chunks is None else itertools.islice(items, self.n_chunks)
-        if self.n_chunks is not None and self.n_chunks < total:
-            raise StoppedError
 
 
 @pytest.fixture
@@ -179,6 +170,50 @@ def test_an_unfinished_pass_goes_on_with_the_layer_that_is_still_wanted(make):
         assert cached.firing_counts(OTHER).equals(whole.firing_counts(OTHER))
 
 
+def test_layers_left_out_of_an_unfinished_pass_go_on_another_time(make):
+    work, plain = make("a"), make("b")
+    with pytest.raises(StoppedError):
+        work.run(progress=StopsAfter(4))
+    again = [StopsAfter() for _ in range(2)]
+    with plain.caching() as whole:
+        for layer, progress in zip((LAYER, OTHER), again, strict=True):
+            with work.caching([layer], progress=progress) as cached:
+                assert "from 4 of" in progress.told[0][0]
+                assert cached.firing_counts(layer).equals(whole.firing_counts(layer))
+                for latents in QUARTERS:
+                    assert cached.cell(layer, latents).equals(whole.cell(layer, latents))
+                cached.discard(cached.cells())
+    assert folders(work) == []
+
+
+def test_layers_put_aside_are_stopped_and_gone_on_with_by_themselves(make):
+    work, plain = make("a"), make("b")
+    with pytest.raises(StoppedError):
+        work.run(progress=StopsAfter(3))
+    for layer in (LAYER, OTHER, LAYER, OTHER):
+        with pytest.raises(StoppedError):
+            work.caching([layer], progress=StopsAfter(1))
+    assert len(folders(work)) == 2
+    for layer in (LAYER, OTHER):
+        progress = StopsAfter()
+        with work.caching([layer], progress=progress) as cached:
+            assert "from 5 of" in progress.told[0][0]
+            for latents in QUARTERS:
+                work.commit(cached, Cell(layer, latents))
+            cached.discard(cached.cells())
+    plain.run()
+    assert work.blobs() == plain.blobs()
+
+
+def test_a_pass_with_a_layer_more_begins_anew(make):
+    work = make()
+    with pytest.raises(StoppedError):
+        work.caching([LAYER], progress=StopsAfter(3))
+    progress = StopsAfter()
+    work.caching(progress=progress).close()
+    assert progress.told[0][0] == "activation cache"
+
+
 def store_some(work: Pass) -> None:
     with work.caching() as cached:
         for cell in CELLS[:5]:  # all of the first layer, one of the second
@@ -251,7 +286,7 @@ def test_a_spool_shorter_than_its_checkpoint_says_is_not_used(make, caplog):
     largest = max(work.spools.glob("*/*.keys"), key=lambda file: file.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-8])
     work.run()
-    assert "shorter than its checkpoint says" in caplog.text
+    assert "not what its checkpoint says" in caplog.text
     plain.run()
     assert work.blobs() == plain.blobs()
 

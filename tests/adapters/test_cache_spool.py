@@ -2,7 +2,9 @@
 
 import logging
 import os
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,11 @@ import polars as pl
 import pytest
 import torch
 
+from autointerp_dagster.adapters.cache.checkpoint import Checkpoint
 from autointerp_dagster.adapters.cache.folders import SpoolFolder, default_spool_dir, sweep
 from autointerp_dagster.adapters.cache.packing import KeyLayout
 from autointerp_dagster.adapters.cache.spool import Spool
-from autointerp_dagster.core.activations import Nonzeros
+from autointerp_dagster.core.activations import FiringCounts, Nonzeros
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.schemas import ACTIVATIONS
 from autointerp_dagster.core.types import Cell, LatentRange, LayerKey
@@ -150,4 +153,73 @@ def test_the_environment_names_the_folder_of_spools(monkeypatch, tmp_path):
     monkeypatch.setenv("AUTOINTERP_SPOOL", str(tmp_path))
     assert default_spool_dir() == tmp_path
     monkeypatch.delenv("AUTOINTERP_SPOOL")
-    assert default_spool_dir().name == "autointerp-spool"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    mine = default_spool_dir()
+    assert mine == tmp_path / f"autointerp-spool-{os.getuid()}"
+    assert mine.stat().st_mode & 0o777 == 0o700
+    mine.chmod(0o755)
+    assert default_spool_dir().stat().st_mode & 0o777 == 0o700
+
+
+def test_a_default_folder_that_is_a_link_or_of_another_user_is_refused(monkeypatch, tmp_path):
+    monkeypatch.delenv("AUTOINTERP_SPOOL")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    path, me = default_spool_dir(), os.getuid()
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match=r"or is a link.*AUTOINTERP_SPOOL"):
+        default_spool_dir()
+    monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    (tmp_path / f"autointerp-spool-{me + 1}").mkdir()
+    with pytest.raises(StoreError, match=f"belongs to user {me} .* of user {me + 1}"):
+        default_spool_dir()
+
+
+def test_a_forked_child_does_not_keep_its_parents_lock(tmp_path):
+    folder = SpoolFolder.new(tmp_path, "0" * 16)
+    (reader, writer), (is_up, up) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        folder.remove()  # is not the child's to remove
+        os.write(up, b"x")
+        os.read(reader, 1)  # lives on until it is told
+        os._exit(0)
+    os.read(is_up, 1)
+    assert SpoolFolder.claim(folder.path) is None  # the parent has it all the same
+    folder.release()
+    again = SpoolFolder.claim(folder.path)
+    os.write(writer, b"x")
+    os.waitpid(child, 0)
+    for end in (reader, writer, is_up, up):
+        os.close(end)
+    assert again is not None
+
+
+def test_a_token_with_two_activations_of_one_latent_is_an_error_that_names_the_folder(tmp_path):
+    (cell,) = cells = cells_of(LAYER, [WHOLE])
+    spool = spool_of(tmp_path, cells)
+    for chunk in (CHUNKS[0], CHUNKS[1], CHUNKS[0]):
+        spool.append(LAYER, chunk)
+    spool.flush()
+    for block_keys in (1, 7, 1 << 20):
+        with pytest.raises(StoreError, match=f"two activations.*remove the folder {tmp_path}"):
+            read(spool, cell, block_keys)
+
+
+def test_counts_are_written_layer_by_layer_and_only_the_last_are_kept(tmp_path):
+    counts = FiringCounts(64)
+    counts.add(CHUNKS[0])
+
+    def tables(n_before: int) -> Iterator[tuple[LayerKey, pl.DataFrame]]:
+        yield LAYER, counts.table()
+        assert len(list(tmp_path.glob("*.counts"))) == n_before + 1  # written before the next
+        yield OTHER, FiringCounts(7).table()
+
+    for n_chunks, n_before in ((1, 0), (2, 2)):
+        Checkpoint.make(tmp_path, n_chunks, {}, tables(n_before))
+    assert len(list(tmp_path.glob("*.counts"))) == 2
+    found = Checkpoint.read(tmp_path)
+    assert found is not None
+    assert found.n_chunks == 2
+    assert found.table(tmp_path, LAYER).equals(counts.table())
+    assert found.table(tmp_path, OTHER).equals(FiringCounts(7).table())

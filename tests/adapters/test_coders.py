@@ -92,6 +92,19 @@ def test_the_identity_is_that_of_the_content(tiny_sparsify_dir: Path, copied_dir
     assert load(copied_dir).identity not in (identity, changed)
 
 
+def test_how_to_compute_comes_from_the_study_and_is_no_part_of_its_identity(
+    tiny_sparsify_dir: Path,
+) -> None:
+    plain = SparsifyCoderConfig(path=tiny_sparsify_dir)
+    told = SparsifyCoderConfig(path=tiny_sparsify_dir, screen="bfloat16", compiled=True)
+    coder = open_coder(told, HOOKPOINT).coder
+    assert coder.describe()["screen"] == "bfloat16"
+    assert coder.computing.compiled
+    assert open_coder(plain, HOOKPOINT).coder.describe()["screen"] == "float32"  # it is small
+    assert told.identity() == plain.identity()
+    assert open_coder(told, HOOKPOINT).identity == open_coder(plain, HOOKPOINT).identity
+
+
 def test_hookpoints_are_found_in_natural_order(tmp_path: Path) -> None:
     for name in ("layers.10", "layers.9", "embed_tokens", "layers.9.mlp", "logs"):
         (tmp_path / name).mkdir()

@@ -78,3 +78,33 @@ def test_keys_of_json_and_members_of_a_set_may_come_in_any_order():
     assert json_hash({"a": 1, "b": [2]}) == json_hash({"b": [2], "a": 1})
     assert json_hash({"a": 1}) != json_hash({"a": 1.5})
     assert combined_hash([("x", "1"), ("y", "2")]) == combined_hash([("y", "2"), ("x", "1")])
+
+
+def many(column, kind):
+    return pl.DataFrame({"x": pl.Series(column, dtype=kind)})
+
+
+def test_many_strings_that_repeat_have_the_hash_of_their_values_alone():
+    strings = ["ab"] * 40_000 + [None] * 10_000 + ["c"] * 40_000
+    whole = many(strings, pl.String)
+    assert table_hash(pl.concat([whole[:7], whole[7:]], rechunk=False)) == table_hash(whole)
+    longer = ["ab"] * 40_001 + [None] * 10_000 + ["c"] * 39_999
+    others = [longer, [*strings[:-1], "d"], ["" if s is None else s for s in strings]]
+    hashes = {table_hash(many(column, pl.String)) for column in [strings, *others]}
+    assert len(hashes) == 4
+
+
+def test_many_lists_that_are_mostly_zero_have_the_hash_of_their_values_alone():
+    silent, firing = [0.0] * 32, [0.0] * 30 + [1.5, 2.5]
+    lists = [silent] * 2000 + [firing, None] + [silent] * 2000
+    whole = many(lists, pl.List(pl.Float32))
+    assert table_hash(pl.concat([whole[:7], whole[7:]], rechunk=False)) == table_hash(whole)
+    later, swapped = [0.0] * 29 + [1.5, 0.0, 2.5], [0.0] * 30 + [2.5, 1.5]
+    others = [[*lists[:2000], row, *lists[2001:]] for row in (silent, later, swapped, None)]
+    hashes = {table_hash(many(column, pl.List(pl.Float32))) for column in [lists, *others]}
+    assert len(hashes) == 5
+
+
+def test_hashes_of_tables_that_are_stored_stay_as_they_are():
+    rows = [{"a": 1, "b": "x", "c": [0.5, None], "d": True}, {"a": None, "b": None, "c": None}]
+    assert table_hash(frame(rows)) == "5ce8bbeeed236d4e311fdb16b9f00a0b"

@@ -1,5 +1,8 @@
 """A shard gives the rows of the latents that are asked for, and nothing that is damaged."""
 
+import os
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -206,3 +209,22 @@ def test_the_content_hash_says_nothing_about_how_the_file_is_laid_out(tmp_path):
     side = stored(store, N_ROWS).blob(shards.OFFSETS)
     offsets = store.tensors(side)["row_offsets"]
     assert store.put_tensors("x", {"row_offsets": offsets}).content_hash == side.content_hash
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_what_a_killed_process_left_of_a_shard_is_removed_a_day_later(
+    tmp_path, monkeypatch, is_local
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "blobs"))
+    old, fresh, foreign = (tmp_path / "blobs" / f for f in (
+        ".autointerp-1.tmp", ".autointerp-2.tmp", "foreign.tmp"
+    ))  # fmt: skip
+    (tmp_path / "blobs").mkdir()
+    for path in (old, fresh, foreign):
+        path.write_bytes(b"x")
+    for path in (old, foreign):
+        os.utime(path, (time.time() - 90_000, time.time() - 90_000))
+    store = Store(tmp_path if is_local else f"memory://{tmp_path.name}")
+    store.put_frames(ACTIVATIONS, [ACTIVATIONS.empty()])
+    left = {path.name for path in (tmp_path / "blobs").iterdir() if path.is_file()}
+    assert left == {fresh.name, foreign.name}

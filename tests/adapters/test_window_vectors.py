@@ -7,6 +7,7 @@ from autointerp_dagster.adapters.manifests import Manifest, Provenance
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.adapters.window_vectors import (
     N_NEAREST,
+    EmbeddedWindows,
     NearestWindows,
     numbered,
     put_vectors,
@@ -105,12 +106,87 @@ def test_a_window_that_is_not_embedded_or_has_no_direction_finds_nothing_and_is_
         np.arange(3), 0) == -1).all()  # fmt: skip
 
 
-def test_equal_texts_are_found_in_the_order_of_the_corpus():
+def test_equal_vectors_of_different_texts_are_found_in_the_order_of_the_corpus():
     vectors = np.tile(unit_vectors(np.array([[1.0, 2.0]], dtype=np.float32)), (600, 1))
     search = NearestWindows(np.arange(600), vectors, np.zeros(600, dtype=np.int8))
     found = search.nearest(np.array([3, 599]), 0)
     assert found[0].tolist() == [0, 1, 2, *range(4, 65)]
     assert found[1].tolist() == list(range(64))
+
+
+def distinct_by_sorting(window, vectors, split, text, asked: int, of: int) -> list[int]:
+    """What a plain sort finds, less the text of the window and all but the first of each text."""
+    own = text[np.flatnonzero(window == asked)[0]]
+    first: dict[int, int] = {}
+    for row in np.flatnonzero(split[window] == of).tolist():
+        first.setdefault(int(text[row]), row)
+    first.pop(int(own), None)
+    wide = vectors.astype(np.float64)
+    cosine = np.round(wide @ wide[np.flatnonzero(window == asked)[0]], 6)
+    rows = sorted(first.values(), key=lambda row: (-cosine[row], window[row]))
+    return [int(window[row]) for row in rows][:64]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_copies_of_a_text_are_never_its_neighbours_and_take_one_place(seed):
+    rng = np.random.default_rng(seed)
+    texts = unit_vectors(rng.normal(size=(90, 6)).astype(np.float32))
+    text = np.where(rng.random(900) < 0.5, rng.integers(0, 3, 900), rng.integers(0, 90, 900))
+    window = np.sort(rng.choice(1200, 900, replace=False))
+    split = random_splits(1200, seed)
+    search = NearestWindows(window, texts[text], split, text)
+    place = {int(w): row for row, w in enumerate(window)}
+    for of in range(3):
+        for asked, row in zip(window.tolist(), search.nearest(window, of).tolist(), strict=True):
+            expected = distinct_by_sorting(window, texts[text], split, text, asked, of)
+            assert row == [*expected, *[-1] * (N_NEAREST - len(expected))]
+            said = [text[place[w]] for w in row if w >= 0]
+            assert len(set(said)) == len(said)
+            assert text[place[asked]] not in said
+
+
+def test_a_copy_of_a_text_finds_what_its_first_window_finds_in_every_piece():
+    rng = np.random.default_rng(0)
+    texts = unit_vectors(rng.normal(size=(10_000, 4)).astype(np.float32))
+    text = np.append(np.arange(10_000), [5000, 9999, 0])
+    split = np.zeros(len(text), dtype=np.int8)
+    found = NearestWindows(np.arange(len(text)), texts[text], split, text).nearest(
+        np.array([5000, 9999, 0, 10_000, 10_001, 10_002]), 0
+    )
+    np.testing.assert_array_equal(found[:3], found[3:])
+    assert found.max() < 10_000
+
+
+def test_what_was_found_is_not_sought_again_and_depends_on_the_splits():
+    rng = np.random.default_rng(0)
+    n = 9000  # three pieces
+    vectors = unit_vectors(rng.normal(size=(n, 4)).astype(np.float32))
+    kept: dict[str, np.ndarray] = {}
+    searched: list[str] = []
+
+    def remembered(parameters, search):
+        key = repr(sorted(parameters.items()))
+        if key not in kept:
+            searched.append(key)
+            kept[key] = search()
+        return kept[key]
+
+    def search(split):
+        return NearestWindows(np.arange(n), vectors, split, remembered=remembered)
+
+    split = np.zeros(n, dtype=np.int8)
+    whole = NearestWindows(np.arange(n), vectors, split).nearest(np.arange(n), 0)
+    some = np.array([8999, 4095, 17])
+    np.testing.assert_array_equal(search(split).nearest(some, 0), whole[some])
+    assert len(searched) == 2
+    np.testing.assert_array_equal(search(split).nearest(np.arange(n), 0), whole)
+    assert len(searched) == 3
+    search(split).nearest(np.arange(n), 0)
+    assert len(searched) == 3
+    other = split.copy()
+    other[5] = 1
+    assert 5 not in search(other).nearest(np.arange(n), 0)
+    assert len(searched) > 3
 
 
 def test_it_is_what_negatives_are_drawn_from():
@@ -129,7 +205,9 @@ def test_vectors_have_length_1_as_float16():
 
 def stored(store: Store, ids: np.ndarray, segments: list[np.ndarray]) -> Manifest:
     """A manifest as the stage commits it."""
-    blobs = [put_windows(store, ids), *numbered([put_vectors(store, s) for s in segments])]
+    text = np.stack([ids, ids], axis=1).astype(np.uint64)  # all different
+    windows = put_windows(store, EmbeddedWindows(ids, text))
+    blobs = [windows, *numbered([put_vectors(store, s) for s in segments])]
     return Manifest(
         stage="window_embeddings", stage_version="1", cell="all", input_fingerprint="f",
         content_hash="c", complete=True, parameters={}, upstream=(), blobs=tuple(blobs),

@@ -154,18 +154,24 @@ class Oracle:
         for window in self.strongest_first:
             context, start = self.shown_as(window)
             others = [s for c, s in map(self.shown_as, kept) if c == context]
-            is_peak = max(self.values((context, start))) == self.max(window)
+            has_window = len(self.dataset.context_tokens(context)) // self.config.window_len
+            has_window *= self.config.window_len
+            rivals = self.values((context, start))[: has_window - start]  # the tail has no window
+            is_peak = max(rivals) == self.max(window)
             if is_peak and all(abs(start - s) >= self.config.window_len for s in others):
                 kept.append(window)
         return set(kept)
 
+    def text(self, span: Span) -> tuple[int, ...]:
+        context, start = span
+        tokens = self.dataset.context_tokens(context)
+        return tuple(tokens[max(1, start) : start + self.config.window_len].tolist())
+
     def grams(self, span: Span) -> set[tuple[int, ...]]:
         if span not in self.grams_of:
-            context, start = span
-            tokens = self.dataset.context_tokens(context)
-            shown = tokens[max(1, start) : start + self.config.window_len].tolist()
+            shown = self.text(span)
             n = min(8, self.config.window_len - 1)
-            self.grams_of[span] = {tuple(shown[i : i + n]) for i in range(len(shown) - n + 1)}
+            self.grams_of[span] = {shown[i : i + n] for i in range(len(shown) - n + 1)}
         return self.grams_of[span]
 
     def is_repeat(self, span: Span, shown: list[Span]) -> bool:
@@ -196,6 +202,8 @@ class Oracle:
 
     def silent(self, split: int, chosen: list[int], n: int, shown: list[Span]):
         """Drawn silent windows, and how many near-duplicates were passed over."""
+        mine = [self.shown_as(w) for w in chosen]
+        texts = {self.text(span) for span in mine}
         places = [int(self.grid.place[w]) for w in chosen]
         wanted = Counter(places[i % len(places)] for i in range(n)) if places else Counter()
         drawn: list[int] = []
@@ -208,14 +216,19 @@ class Oracle:
                     break
                 at = permuted(np.array([i]), np.array([len(members)]), key)[0]
                 window = int(members[at])
-                if self.is_active(window):
+                span = self.on_grid(window)
+                if self.is_active(window) or any(self.meet(span, other) for other in mine):
                     continue
-                if split != 0 and self.is_repeat(self.on_grid(window), shown):
+                is_same = self.config.near_duplicate_jaccard is None and self.text(span) in texts
+                if is_same or self.is_repeat(span, [*shown, *mine]):
                     passed_over += 1
                     continue
                 drawn.append(window)
                 quota -= 1
         return drawn, passed_over
+
+    def meet(self, a: Span, b: Span) -> bool:
+        return a[0] == b[0] and abs(a[1] - b[1]) < self.config.window_len
 
     def is_active(self, window: int) -> bool:
         if self.config.silent_scope == "window":

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autointerp_dagster.core import activations
 from autointerp_dagster.core.activations import (
     Chunk,
     FiringCounts,
@@ -16,7 +17,7 @@ from autointerp_dagster.core.activations import (
     nonzeros_of,
 )
 from autointerp_dagster.core.config import TokenConfig
-from autointerp_dagster.core.errors import ModelError
+from autointerp_dagster.core.errors import CoderError, ModelError, StudyError
 from autointerp_dagster.core.sparse_coders import SparseActivations, TopKCoder
 from autointerp_dagster.core.tokens import Document, TokenDataset, build_token_dataset
 from autointerp_dagster.core.types import LatentRange, LayerKey
@@ -318,8 +319,68 @@ class EncodeSpy:
         return self
 
 
+class WideCoder(EncodeSpy):
+    """One that says it has more latents than a key holds."""
+
+    @property
+    def num_latents(self) -> int:
+        return (1 << 23) + 1
+
+
 def test_chunks_come_one_at_a_time() -> None:
     spy = EncodeSpy(CODERS[A], [])
     chunks = chunks_of(TinyModel(), dataset_of(), {A: spy}, 3, CPU)
     next(chunks)
     assert spy.sizes == [3 * 7]  # 3 contexts of 7 visible tokens
+
+
+def test_more_latents_than_a_key_holds_are_an_error_before_the_first_forward_pass() -> None:
+    spy = WideCoder(CODERS[A], [])
+    with pytest.raises(CoderError, match=r"sae@layers\.0: .* 8388609 latents, .* at most 8388608"):
+        next(chunks_of(TinyModel(), dataset_of(), {A: spy}, 1, CPU))
+    assert spy.sizes == []
+
+
+def test_more_positions_than_a_key_holds_are_an_error_before_the_first_forward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(activations, "_MAX_TOKENS", 20)
+    spy = EncodeSpy(CODERS[A], [])
+    with pytest.raises(StudyError, match=r"batch_size: 3 contexts with 7 .* Lower it to 2 or less"):
+        next(chunks_of(TinyModel(), dataset_of(), {A: spy}, 3, CPU))
+    assert spy.sizes == []
+    assert next(chunks_of(TinyModel(), dataset_of(), {A: spy}, 2, CPU)).contexts.size == 2
+
+
+class LittleMemory(TinyModel):
+    """Has room for a few contexts at once."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room, self.sizes = room, list[int]()
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        self.sizes.append(len(input_ids))
+        if len(input_ids) > self.room:
+            raise torch.OutOfMemoryError("no room")
+        return super().forward(input_ids, use_cache)
+
+
+def test_lack_of_memory_halves_the_batch_and_leaves_the_chunks_as_they_are() -> None:
+    dataset, model = dataset_of(), LittleMemory(2)
+    found = list(chunks_of(model, dataset, CODERS, 5, CPU))
+    whole = run(dataset, batch_size=5)
+    assert [c.contexts.tolist() for c in found] == [c.contexts.tolist() for c in whole]
+    for layer in CODERS:
+        assert_same(frame_of(found, layer), frame_of(whole, layer))
+    # 5 are too many; then 2, 2 and the one that is left. It is never tried with more again.
+    assert model.sizes[:4] == [5, 2, 2, 1]
+    assert max(model.sizes[1:]) == 2
+    assert {chunk.batch_size for chunk in found} == {2}
+    assert {chunk.batch_size for chunk in whole} == {5}
+
+
+def test_no_memory_for_one_context_is_an_error() -> None:
+    chunks = chunks_of(LittleMemory(0), dataset_of(), CODERS, 4, CPU)
+    with pytest.raises(ModelError, match=r"context 0: .* cpu for its 8 tokens, .*batch_size 1\."):
+        next(chunks)

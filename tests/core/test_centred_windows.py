@@ -4,6 +4,7 @@ Defect 2: a flag that centred windows where it should not have, and lost what ne
 """
 
 import numpy as np
+import polars as pl
 import pytest
 from dataset_builders import BOS, make_dataset, random_documents
 from hypothesis import given, settings
@@ -58,6 +59,29 @@ def test_a_window_is_clamped_to_its_context():
     # 16 tokens: it begins at 8 and stands at index 7.
     assert shown([context(17)], [(0, 0, 15, 3.0)])[0][1] == 9
     assert shown([context(16)], [(0, 0, 15, 3.0)]) == [(0, 8, [0, 0, 0, 0, 0, 0, 0, 3])]
+
+
+def test_what_is_stronger_past_the_last_whole_window_drops_no_window():
+    # 20 tokens: position 16 is in no whole window and so has no window of its own.
+    rows = [(0, 0, 15, 4.0), (0, 0, 16, 5.0)]
+    assert shown([context(20)], rows) == [(0, 9, [0, 0, 0, 0, 0, 0, 4, 5])]
+    windows = records(make_dataset([("d0", [context(20)])]), rows, 1, centred_config()).windows
+    assert windows["max_activation"].to_list() == [5.0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_silent_window_has_a_token_of_a_window_that_is_shown(seed):
+    config = centred_config(near_duplicate_jaccard=None, n_negative_test=40)
+    dataset, rows = random_cache(seed, [0.02, 0.05, 0.1])
+    windows = records(dataset, rows, 3, config).windows
+    latents = windows.group_by("latent", "context").agg(
+        pl.col("start").filter("is_activating").alias("shown"),
+        pl.col("start").filter(~pl.col("is_activating")).alias("silent"),
+    )
+    pairs = latents.explode("shown").explode("silent").drop_nulls()
+    assert pairs.height > 5
+    apart = (pairs["shown"].cast(pl.Int64) - pairs["silent"].cast(pl.Int64)).abs()
+    assert apart.min() >= 8
 
 
 def test_a_neighbouring_context_is_never_reached_into():
@@ -115,7 +139,8 @@ def test_every_centred_window_has_its_own_maximum_in_its_place_and_none_overlaps
         expected = [values.get((latent, number, start + i), 0.0) for i in range(8)]
         assert row["activations"] == expected
         assert row["max_activation"] == max(expected)
-        places = [i for i, value in enumerate(expected) if value == max(expected)]
+        own = expected[: length // 8 * 8 - start]  # the tail has no windows
+        places = [i for i, value in enumerate(own) if value == max(own)]
         assert 6 in places or (start == 0 and min(places) < 6) or start == length - 8
         assert start >= ends.get((latent, number), 0)
         ends[latent, number] = start + 8

@@ -24,15 +24,17 @@ def config_of(**changes) -> SamplingConfig:
     return SamplingConfig(**{**defaults, **changes})
 
 
-def corpus(seed: int = 0):
+def corpus(seed: int = 0, n_contexts: int = N_CONTEXTS):
     rng = np.random.default_rng(seed)
-    contexts = rng.integers(1, 5000, (N_CONTEXTS, CONTEXT_LEN))
+    contexts = rng.integers(1, 5000, (n_contexts, CONTEXT_LEN))
     return make_dataset([(f"{i}", [[BOS, *c[1:].tolist()]]) for i, c in enumerate(contexts)])
 
 
-def frequent(n_latents: int, rate: float = 0.5, seed: int = 1) -> pl.DataFrame:
+def frequent(
+    n_latents: int, rate: float = 0.5, seed: int = 1, n_contexts: int = N_CONTEXTS
+) -> pl.DataFrame:
     """Latents that fire on half of all tokens, so in about 15 of 16 windows of four."""
-    fires = np.random.default_rng(seed).random((n_latents, N_CONTEXTS, CONTEXT_LEN)) < rate
+    fires = np.random.default_rng(seed).random((n_latents, n_contexts, CONTEXT_LEN)) < rate
     fires[:, :, 0] = False
     latent, context, position = np.nonzero(fires)
     values = np.random.default_rng(seed + 1).lognormal(0, 1, len(latent)).astype(np.float32)
@@ -51,9 +53,11 @@ def counted(activations: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def tables_of(activations: pl.DataFrame, config: SamplingConfig) -> RecordTables:
-    counts = counted(activations)
-    return latent_records_of(activations, counts, corpus(), LAYER, range(counts.height), config)
+def tables_of(
+    activations: pl.DataFrame, config: SamplingConfig, n_contexts: int = N_CONTEXTS
+) -> RecordTables:
+    counts, dataset = counted(activations), corpus(n_contexts=n_contexts)
+    return latent_records_of(activations, counts, dataset, LAYER, range(counts.height), config)
 
 
 @pytest.mark.parametrize("mode", ["fixed", "centred"])
@@ -67,6 +71,24 @@ def test_the_windows_drawn_are_those_that_would_be_drawn_without_a_limit(strateg
     assert limited.windows.equals(unlimited.windows)
     assert limited.latents.equals(unlimited.latents)
     assert limited.windows.filter("is_activating").height == 3 * 68
+
+
+@pytest.mark.parametrize("strategy", ["quantiles", "random", "top", "mix"])
+def test_a_sample_that_is_hardly_more_than_is_drawn_is_no_other_either(strategy):
+    # 600 of about 5,900 test windows, with a sample of 1,000 of all three splits.
+    activations = frequent(1, n_contexts=3200)
+    changes = {"strategy": strategy, "n_test": 600, "n_quantiles": 10}
+    limited = tables_of(activations, config_of(**changes), 3200)
+    unlimited = tables_of(activations, config_of(**changes, max_windows=10**6), 3200)
+    assert limited.latents["n_test"].item() > 4 * 600 > LIMIT
+    assert limited.windows.equals(unlimited.windows)
+    drawn = limited.windows.filter("is_activating", split="test")
+    assert drawn.height == 600
+    n_of_band = drawn.group_by("quantile").len().sort("quantile")["len"].to_list()
+    if strategy == "quantiles":
+        assert n_of_band == [60] * 10
+    if strategy == "random":
+        assert 30 < min(n_of_band) <= max(n_of_band) < 90
 
 
 def test_counts_and_statistics_are_of_all_windows():

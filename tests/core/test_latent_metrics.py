@@ -375,3 +375,21 @@ def test_verdicts_of_another_layer_or_cell_are_refused() -> None:
             {"detection": DetectionConfig()},
             CONFIG,
         )
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**32))
+def test_limits_do_not_depend_on_what_calls_are_called(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    signs = ["".join(draw.choice(["0", "1", "x"], size=23, p=[0.4, 0.4, 0.2])) for _ in range(6)]
+    rows = [
+        answer
+        for latent, activating, silent in zip(range(3), signs[:3], signs[3:], strict=True)
+        for answer in answers(latent, activating, silent, per_prompt=4)
+    ]
+    for answer in rows:
+        answer["score"] = None if answer["status"] == "failed" else draw.random()
+    calls = sorted({answer["call_id"] for answer in rows})
+    other = dict(zip(calls, (f"{i:05d}" for i in draw.permutation(len(calls))), strict=True))
+    again = [answer | {"call_id": other[answer["call_id"]]} for answer in rows]
+    assert measure(rows, latents=(0, 1, 2)).equals(measure(again, latents=(0, 1, 2)))

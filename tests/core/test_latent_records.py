@@ -21,6 +21,7 @@ from autointerp_dagster.core.latent_records import (
     record_counts,
     records_in_order,
 )
+from autointerp_dagster.core.negatives import NegativeSources, token_windows
 from autointerp_dagster.core.schemas import LATENTS, WINDOWS
 from autointerp_dagster.core.types import LayerKey
 from autointerp_dagster.core.windows import SPLITS, window_grid
@@ -37,6 +38,8 @@ RATES = [0.03, 0.0, 0.05, 0.001, 0.15, 1.0, 0.02, 0.03]
         (3, {"n_select": 0, "n_train": 1, "min_test_windows": 8}),
         (7, {"window_mode": "centred"}),
         (5, {"window_mode": "centred", "near_duplicate_jaccard": 0.3, "window_len": 12}),
+        (8, {"near_duplicate_jaccard": None}),
+        (9, {"window_mode": "centred", "near_duplicate_jaccard": None}),
         (6, {"window_mode": "centred", "silent_scope": "context", "near_duplicate_jaccard": 1.0}),
     ],
 )
@@ -145,6 +148,66 @@ def test_train_and_test_never_overlap_nor_nearly(strategy, mode):
         assert not any(oracle.is_repeat(w, [*train, *select]) for w in test)
     assert all(len(splits) == 1 for splits in splits_of_block.values())
     assert tables.latents["n_near_duplicates"].sum() > 0
+
+
+class AnyWindow:
+    """Finds the windows of a split in the grid's order, or of any split."""
+
+    def __init__(self, grid, is_blind=False):
+        self.grid, self.is_blind = grid, is_blind
+
+    def nearest(self, window, split):
+        found = np.flatnonzero((self.grid.split == split) | self.is_blind)
+        return np.tile(found, (len(window), 1))
+
+
+def boilerplate(n: int = 120):
+    """Contexts whose third window is the same text; the latent is active in half of these."""
+    rng = np.random.default_rng(0)
+    documents = []
+    for i in range(n):
+        tokens = rng.integers(10, 5000, 32)
+        tokens[16:24] = range(1, 9)
+        documents.append((f"d{i}", [[BOS, *tokens[1:].tolist()]]))
+    rows = [(0, c, 20, 1.0 + c) for c in range(0, n, 2)] + [(0, c, 28, 1.0) for c in range(0, n, 3)]
+    return make_dataset(documents), sorted(rows)
+
+
+@pytest.mark.parametrize("mode", ["fixed", "centred"])
+@pytest.mark.parametrize("threshold", [0.5, None])
+@pytest.mark.parametrize("kind", ["random", "similar", "same_token"])
+def test_no_silent_window_has_the_text_of_an_activating_one_of_its_split(kind, threshold, mode):
+    dataset, rows = boilerplate()
+    config = small_config(
+        negative_kinds=(kind,), near_duplicate_jaccard=threshold, window_mode=mode,
+        max_window_firing_rate=1.0, n_negative_test=40,
+    )  # fmt: skip
+    grid = window_grid(dataset, config)
+    sources = NegativeSources(similar=AnyWindow(grid), token_windows=token_windows(dataset, grid))
+    counts, all_rows = counts_of(rows, 1), activations_of(rows)
+    tables = latent_records_of(all_rows, counts, dataset, LAYER, range(1), config, grid, sources)
+    texts = tables.windows.select(
+        "split",
+        "is_activating",
+        text=pl.struct("context", "start").map_elements(
+            lambda w: str(dataset.context_tokens(w["context"])[w["start"] :][:8]), pl.String
+        ),
+    )
+    active, silent = texts.filter("is_activating"), texts.filter(~pl.col("is_activating"))
+    assert kind == "same_token" or silent.height > 10
+    assert silent.join(active, on=["split", "text"], how="semi").is_empty()
+    if mode == "fixed" and kind != "same_token":
+        assert tables.latents["n_near_duplicates"].item() > 0
+
+
+def test_negatives_of_another_split_are_an_error():
+    dataset, rows = boilerplate()
+    config = small_config(negative_kinds=("similar",))
+    grid = window_grid(dataset, config)
+    sources = NegativeSources(similar=AnyWindow(grid, is_blind=True))
+    counts, all_rows = counts_of(rows, 1), activations_of(rows)
+    with pytest.raises(RuntimeError, match="Report this bug"):
+        latent_records_of(all_rows, counts, dataset, LAYER, range(1), config, grid, sources)
 
 
 @pytest.mark.parametrize("scope", ["window", "context"])

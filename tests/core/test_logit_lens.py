@@ -56,6 +56,36 @@ def test_blocks_of_any_size_agree_with_all_logits_at_once(seed, n_latents, n_tok
     assert (low.numpy() == expected_low).all()
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 300), st.sampled_from([1, 5, 40]), st.data())
+def test_a_rough_first_look_changes_no_token(seed, n_tokens, d_in, data):
+    directions, unembedding, norm = random_problem(seed, 7, n_tokens, d_in)
+    unembedding[:: data.draw(st.integers(2, 9))] *= 300  # lengths differ, and so do the bounds
+    n = data.draw(st.integers(1, min(n_tokens, 9)))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(logit_lens, "_MORE", data.draw(st.sampled_from([(0, 0), (1, 3), (12, 56)])))
+        patched.setattr(logit_lens, "_GROUP", data.draw(st.integers(1, 5)))
+        patched.setattr(logit_lens, "_BLOCK_ELEMENTS", data.draw(st.sampled_from([100, 1 << 20])))
+        high, low = promoted_and_suppressed(directions, unembedding, norm, n, torch.bfloat16)
+    expected_high, expected_low = oracle(directions, unembedding, norm, n)
+    assert (high.numpy() == expected_high).all()
+    assert (low.numpy() == expected_low).all()
+
+
+def test_tokens_that_bfloat16_cannot_tell_apart_are_told_apart():
+    unembedding = 1 + torch.arange(200)[:, None] * 2.0**-20
+    high, low = promoted_and_suppressed(torch.ones(1, 1), unembedding, None, 3, torch.bfloat16)
+    assert high.tolist() == [[199, 198, 197]]
+    assert low.tolist() == [[0, 1, 2]]
+
+
+def test_a_large_vocabulary_is_searched_by_groups_that_end_anywhere():
+    problem = random_problem(6, 3, 20_011, 6)
+    found = promoted_and_suppressed(*problem, 8, torch.bfloat16)
+    for mine, expected in zip(found, oracle(*problem, 8), strict=True):
+        assert (mine.numpy() == expected).all()
+
+
 def test_moving_all_logits_or_scaling_a_direction_changes_no_token():
     directions, unembedding, norm = random_problem(0, 20, 300, 8)
     high, low = promoted_and_suppressed(directions, unembedding, norm, 10)

@@ -19,6 +19,7 @@ from autointerp_dagster.core.sampling import (
     ranks_within,
     scored_latents,
     select_latents,
+    sorted_keys,
     strength_ranks,
 )
 from autointerp_dagster.core.schemas import FIRING_COUNTS, SELECTION
@@ -407,3 +408,15 @@ def test_rows_alike_in_group_and_priority_keep_their_order():
     # No room for the row's number beside such a group: the same order all the same.
     assert order_within(group * 2**61, u64(5, 1, 5, 4, 1)).tolist() == [1, 4, 3, 0, 2]
     assert order_within(one_group(0), u64()).tolist() == []
+
+
+@pytest.mark.parametrize("sizes", [[20_000, 3, 9000, 1, 1, 30_000], [1] * 20_000, [40_000]])
+@pytest.mark.parametrize("in_order", [True, False])
+def test_many_keys_are_sorted_whether_or_not_their_groups_follow_each_other(sizes, in_order):
+    rng = np.random.default_rng(0)
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    group = group if in_order else rng.permutation(group)
+    low = rng.integers(0, 2**32, len(group), dtype=np.uint64)
+    keys = group.astype(np.uint64) << np.uint64(32) | low
+    expected = np.sort(keys)
+    assert np.array_equal(sorted_keys(keys, group), expected)

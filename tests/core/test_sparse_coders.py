@@ -261,11 +261,36 @@ def test_a_token_alone_gives_what_it_gives_in_company(computing: Computing) -> N
             assert torch.equal(alone.value, together.value[mine])
 
 
+def on_a_device(coder: TopKCoder | JumpReLUCoder) -> DeviceEncoder:
+    """What encodes the coder's tokens elsewhere than on a CPU."""
+    is_topk = isinstance(coder, TopKCoder)
+    rule = Rule(k=coder.k) if is_topk else Rule(threshold=coder.threshold)
+    centre = coder.b_dec if is_topk else torch.zeros_like(coder.b_dec)
+    return DeviceEncoder(block_encoder(coder.encoder, coder.bias, centre, rule, False), 16)
+
+
 def test_a_sum_that_overflows_is_infinite_and_not_silent() -> None:
-    coder = replace(coder_of(8, 4, k=8), encoder=torch.full((8, 4), 1e30), bias=torch.zeros(8))
-    x = coder.b_dec + torch.tensor([[1e30, 1e30, -1e30, 1e30]])
-    assert coder.encode(x).value.isinf().all()
-    assert coder.encode(x).value.numel() == 8
+    loud = torch.full((8, 4), 1e30)
+    x = torch.tensor([[1e30, 1e30, -1e30, 1e30]])
+    topk = replace(coder_of(8, 4, k=8), encoder=loud, bias=torch.zeros(8), b_dec=torch.zeros(4))
+    jump = replace(jump_relu_of(8, 4), encoder=loud, bias=torch.zeros(8))
+    for coder in (topk, jump):
+        for encode in (coder.encode, on_a_device(coder).encode):
+            found = encode(x)
+            assert sorted(found.latent.tolist()) == list(range(8))
+            assert found.value.tolist() == 8 * [torch.inf]
+
+
+def test_nan_weights_are_infinite_activations_and_not_silent() -> None:
+    weights = coder_of().encoder.clone()
+    weights[3] = torch.nan
+    for coder in (coder_of(), jump_relu_of()):
+        coder = replace(coder, encoder=weights)
+        for encode in (coder.encode, on_a_device(coder).encode):
+            found = encode(tokens_of(4))
+            assert not found.value.isnan().any()
+            assert found.token[found.latent == 3].tolist() == [0, 1, 2, 3]
+            assert found.value[found.latent == 3].isinf().all()
 
 
 def test_a_coder_that_fires_nowhere_gives_nothing() -> None:

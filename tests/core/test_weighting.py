@@ -66,6 +66,18 @@ def test_only_random_negatives_count() -> None:
     assert row(with_hard, "specificity")["value"] == pytest.approx(3 / 8)
 
 
+def test_negatives_of_wholly_silent_contexts_stand_for_no_silent_windows_of_the_corpus() -> None:
+    rows = judged("1110", "1000", quantile=0)
+    frame = measure(
+        rows, 0.1, SamplingConfig(silent_scope="context", strategy="mix", n_quantiles=1)
+    )
+    for name in ("precision_weighted", "f1_weighted"):
+        found = row(frame, name)
+        assert (found["value"], found["lo"], found["status"]) == (None, None, "undefined")
+    assert row(frame, "recall_weighted")["value"] == 0.75
+    assert row(frame, "precision")["status"] == "ok"
+
+
 def test_where_windows_judged_are_as_rare_as_in_the_corpus_nothing_changes() -> None:
     frame = measure(judged("1110", "1000"), 0.5)
     for weighted, plain in (("precision_weighted", "precision"), ("f1_weighted", "f1")):

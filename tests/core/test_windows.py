@@ -103,9 +103,15 @@ def test_documents_of_equal_content_are_in_one_split():
 def test_a_block_in_two_splits_is_an_error():
     dataset = make_dataset([("a", [[0, 1, 2, 3, 4, 5, 6, 7]])])
     grid = window_grid(dataset, SamplingConfig(window_len=4))
-    check_splits(grid, np.array([0, 1]), np.array([2, 2]))
-    with pytest.raises(RuntimeError, match=r"context 0 window at 0.*train.*test"):
-        check_splits(grid, np.array([0, 1]), np.array([0, 2]))
+    own = int(grid.split[0])
+    check_splits(grid, np.array([0, 1]), np.array([own, own]))
+    other = (own + 1) % 3
+    with pytest.raises(
+        RuntimeError, match=f"context 0 window at 0.*{SPLITS[own]}.*{SPLITS[other]}"
+    ):
+        check_splits(grid, np.array([0, 1]), np.array([own, other]))
+    with pytest.raises(RuntimeError, match="context 0 window at 0"):  # nothing else was drawn of it
+        check_splits(grid, np.array([0]), np.array([other]))
 
 
 def test_a_context_that_no_window_id_can_address_is_an_error():

@@ -1,4 +1,4 @@
-"""Every explainer, scorer and kind of negative, through the assets, on latents whose meaning is known."""
+"""Every explainer, scorer and kind of negative, through the assets, on latents of known meaning."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -31,6 +31,7 @@ from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import LayerKey
 from autointerp_dagster.core.windows import window_grid
 from autointerp_dagster.resources.models import SubjectModels
+from autointerp_dagster.resources.negative_sources import RecordSources
 from autointerp_dagster.resources.preflight import check_study
 from autointerp_dagster.resources.recording import store_records
 from autointerp_dagster.resources.stage_inputs import StageInputs
@@ -228,9 +229,9 @@ def test_false_marks_in_a_neighbours_window_are_where_the_neighbour_fires(
 def test_blocks_of_latents_change_nothing(study: Materialized) -> None:
     bench = study.bench
     stage = StageInputs.of(bench.store, bench.study, "latent_records")
-    grid = window_grid(study.dataset, bench.study.sampling)
+    sources = RecordSources(stage, bench.study, study.dataset)
     cell = bench.study.cells[0]
-    made = store_records(stage, bench.study, cell, study.dataset, grid, block_rows=1)
+    made = store_records(sources, cell, block_rows=1)
     stored = bench.heads()["latent_records", str(cell)].blobs
     assert {b.content_hash for b in made.blobs} == {b.content_hash for b in stored}
 

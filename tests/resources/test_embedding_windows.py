@@ -1,5 +1,6 @@
 """Every distinct window is embedded once, whatever stops a run, and however the corpus grows."""
 
+import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -98,7 +99,21 @@ class Run:
         work = WindowEmbedding(
             stage, self.study(max_windows), Words(), embedder, progress, segment_len
         )
-        return work.made()
+        commit = work.made()
+        self._make_current(stage, commit)
+        return commit
+
+    def _make_current(self, stage: StageInputs, commit: Commit) -> None:
+        blobs = tuple(commit.blobs)
+        manifest = self.store.commit(
+            Manifest(
+                stage="window_embeddings", stage_version=stage.stage.version, cell="all",
+                input_fingerprint="f", content_hash=content_hash_of(blobs, "ok"), complete=True,
+                parameters=stage.parameters, upstream=(), blobs=blobs,
+                provenance=Provenance(study="s", run_id="r", started="", finished="", seconds=0),
+            )
+        )  # fmt: skip
+        self.store.set_head("s", "window_embeddings", "all", manifest)
 
     def vectors(self, commit: Commit) -> np.ndarray:
         blobs = [blob for blob in commit.blobs if blob.name.startswith("vectors/")]
@@ -208,6 +223,44 @@ def test_a_sample_is_drawn_by_window_and_a_larger_one_holds_it(run: Run) -> None
     expected = unit_vectors(SentenceEmbedder(run.config).embed(texts))
     np.testing.assert_array_equal(run.vectors(more), expected)
     assert run.ids(run(dataset, max_windows=10**6)).tolist() == run.ids(run(dataset)).tolist()
+
+
+def test_another_sample_embeds_only_the_texts_that_it_does_not_share(run: Run) -> None:
+    dataset = corpus(60)
+    some = run(dataset, max_windows=50)
+    more = run(dataset, max_windows=51)  # every segment behind the new window is another one
+    assert more.summary["n_embedded"] <= 1
+    other = corpus(66)
+    grown = run(other, max_windows=51)
+    place = {
+        c << 16 | s: i for i, (c, s) in enumerate((c, s) for c in range(66) for s in (0, 4, 8))
+    }
+    texts = [texts_of(other)[place[i]] for i in run.ids(grown).tolist()]
+    before = {texts_of(dataset)[place[i]] for i in run.ids(more).tolist()}
+    assert 0 < grown.summary["n_embedded"] == len(set(texts) - before) < 10
+    expected = unit_vectors(SentenceEmbedder(run.config).embed(texts))
+    np.testing.assert_array_equal(run.vectors(grown), expected)
+    assert run(dataset, max_windows=50).summary["n_embedded"] == 0
+    assert len(run.ids(some)) == 50
+
+
+def test_vectors_of_another_embedder_or_damaged_ones_are_not_taken(
+    run: Run, tmp_path: Path
+) -> None:
+    dataset = corpus(30)
+    first = run(dataset, max_windows=40)
+    for blob in first.blobs:
+        if blob.name.startswith("vectors/"):
+            (tmp_path / "store" / blob.path).unlink()
+    again = run(dataset, max_windows=41)
+    assert again.summary["n_embedded"] == again.summary["n_distinct"]
+    other = tmp_path / "other_embedder"
+    shutil.copytree(run.config.source, other)
+    weights = next(other.rglob("model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0?")
+    run.config = run.config.model_copy(update={"source": str(other)})
+    changed = run(dataset, max_windows=42)
+    assert changed.summary["n_embedded"] == changed.summary["n_distinct"]
 
 
 def test_a_text_without_a_vector_and_a_corpus_without_windows_are_no_error(run: Run) -> None:

@@ -234,3 +234,15 @@ def test_the_table_decides_a_part_of_a_cell_that_shows_its_tokens(cached: Bench)
     table = work.stage.input("activation_cache", cell).blob("latent_statistics")
     assert work.part_parameters(cell, "default", [1])["statistics"] == table.content_hash
     assert "statistics" not in work.part_parameters(cell, "plain", [1])
+
+
+def test_a_study_without_the_logit_lens_knows_no_promoted_tokens(
+    world: Path, server: FakeLLMServer, tmp_path: Path, instance: dg.DagsterInstance
+) -> None:
+    overrides = {"layers": ["h.0"], "explainers": {"top_tokens": None}, "logit_lens": False}
+    bench = Bench(tmp_path, world, server.base_url, instance, overrides)
+    bench.run(until="activation_cache")
+    table = bench.table("activation_cache", "latent_statistics")
+    assert table.height > 0
+    assert table["promoted_tokens"].is_null().all()
+    assert table["suppressed_tokens"].is_null().all()

@@ -17,6 +17,7 @@ from autointerp_dagster.core.schemas import ACTIVATIONS, FIRING_COUNTS, LATENTS,
 from autointerp_dagster.core.tokens import Document, TokenDataset, build_token_dataset
 from autointerp_dagster.core.types import Cell, Place, WholeStudy
 from autointerp_dagster.core.windows import window_grid
+from autointerp_dagster.resources.negative_sources import RecordSources
 from autointerp_dagster.resources.recording import store_records, stored_records
 from autointerp_dagster.resources.stage_inputs import StageInputs
 from autointerp_dagster.study import Study
@@ -28,7 +29,10 @@ def study_of(**sampling: object) -> Study:
     return Study.model_validate(
         {
             "name": "s",
-            "models": {"subject": {"source": "none"}, "explainer": {"source": "none"}},
+            "models": {
+                "subject": {"source": "none"}, "explainer": {"source": "none"},
+                "embedder": {"source": "none", "query_prefix": "", "device": "cpu"},
+            },
             "corpus": {"kind": "embedded"},
             "coders": {"sae": {"path": "none"}},
             "layers": ["h.0"],
@@ -105,6 +109,11 @@ class World:
             self.stage.take("activation_cache", cell, self._cached(cell))
 
     @property
+    def sources(self) -> RecordSources:
+        """As of a new run."""
+        return RecordSources(self.stage, self.study, self.dataset, self.grid)
+
+    @property
     def cells(self) -> list[Cell]:
         """But for the one beyond the coder's width."""
         return [cell for cell in self.study.cells if cell.range.start < WIDTH]
@@ -142,10 +151,7 @@ def test_blocks_of_any_size_store_the_same_bytes(tmp_path: Path, sampling: dict[
         tables = latent_records_of(
             mine, world.counts, world.dataset, cell.layer, latents, world.study.sampling
         )
-        found = [
-            store_records(world.stage, world.study, cell, world.dataset, world.grid, block_rows)
-            for block_rows in (1, 100, 10**9)
-        ]
+        found = [store_records(world.sources, cell, block_rows) for block_rows in (1, 100, 10**9)]
         assert {blob.checksum for stored in found for blob in stored.blobs} == {
             blob.checksum for blob in found[0].blobs
         }
@@ -173,7 +179,7 @@ def test_a_range_in_which_nothing_fires_has_a_row_for_each_latent(tmp_path: Path
     world.activations = world.activations.clear()
     world.counts = counts_of(world.activations)
     world.stage.take("activation_cache", cell, world._cached(cell))
-    stored = store_records(world.stage, world.study, cell, world.dataset, world.grid)
+    stored = store_records(world.sources, cell)
     assert stored.latents["status"].to_list() == ["dead"] * RANGE
     assert stored.counts.n_windows == 0
     blobs = {blob.name: blob for blob in stored.blobs}
@@ -190,6 +196,6 @@ def test_a_damaged_cache_is_an_error_that_names_the_cell_and_leaves_no_table(tmp
     path.write_bytes(bytes(data))
     before = set(tmp_path.rglob("*.parquet"))
     with pytest.raises(StoreError, match=r"activation_cache sae@h\.0"):
-        store_records(world.stage, world.study, cell, world.dataset, world.grid)
+        store_records(world.sources, cell)
     assert set(tmp_path.rglob("*.parquet")) == before
     assert not list(tmp_path.rglob("*.tmp"))

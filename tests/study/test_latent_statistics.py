@@ -152,3 +152,11 @@ def test_without_the_tokenizer_ids_are_shown(shown):
 
 def test_a_cache_from_before_there_were_statistics_shows_none(shown):
     assert shown() == "root\n"
+
+
+def test_promoted_tokens_without_a_text_are_left_out():
+    row = ROW | {"promoted_tokens": [0, 4, 1], "suppressed_tokens": [1]}
+    texts = {0: " a", 1: "", 4: "b"}
+    *_, promoted, suppressed = statistics_lines(row, 3, lambda t: repr(texts.get(t, "c")))
+    assert promoted == "promoted by the decoder: ' a', 'b'"
+    assert suppressed == "suppressed by the decoder: none"

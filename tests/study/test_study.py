@@ -275,3 +275,99 @@ def test_scorers_that_stop_when_sure_are_known_to_the_layers_metrics(tmp_path):
     assert (fixed.adaptive_scorers, adaptive.adaptive_scorers) == ((), ("detection",))
     one, other = (parameters_of(study, "layer_metrics") for study in (fixed, adaptive))
     assert one != other
+
+
+def refused(tmp_path, more: str) -> str:
+    with pytest.raises(StudyError) as error:
+        load_study(write(tmp_path, MINIMAL.replace("scorers:\n  detection: {}\n", "") + more))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ("n_test: 65536, max_windows: 100000", "n_test"),
+        ("n_negative_test: 65536", "n_negative_test"),
+        ("negative_kinds: [random, same_token], n_negative_train: 1", "n_negative_train: 1 for 2"),
+        ("negative_kinds: [random, same_token], n_negative_test: 1", "at least 2."),
+        ("n_test: 941, max_windows: 1000", "n_train + n_select + n_test = 1001"),
+    ],
+)
+def test_windows_that_could_not_be_drawn_or_numbered_are_refused(tmp_path, sampling, message):
+    assert message in refused(tmp_path, f"sampling: {{{sampling}}}\n")
+
+
+def test_no_negatives_are_fine_with_any_number_of_kinds(tmp_path):
+    sampling = (
+        "sampling: {negative_kinds: [random, same_token], n_negative_train: 0, n_test: 940}\n"
+    )
+    assert load_study(write(tmp_path, MINIMAL + sampling)).sampling.n_negative_train == 0
+
+
+def test_marks_cannot_be_exchanged_between_centred_windows(tmp_path):
+    fuzzing = "scorers: {fuzzing: {variants: [active]}}\n"
+    message = refused(tmp_path, fuzzing + "sampling: {window_mode: centred}\n")
+    assert "scorers.fuzzing.variants" in message
+    assert "sampling.window_mode" in message
+    load_study(write(tmp_path, MINIMAL + "sampling: {window_mode: centred}\n"))
+
+
+def differ(tmp_path, stage: str, one: str, other: str) -> bool:
+    a, b = (parameters_of(load_study(write(tmp_path, MINIMAL + t)), stage) for t in (one, other))
+    return a != b
+
+
+@pytest.mark.parametrize(
+    ("stage", "one", "other", "expected"),
+    [
+        ("latent_metrics", "sampling: {n_quantiles: 5}", "", True),
+        ("latent_metrics", "sampling: {silent_scope: context}", "", True),
+        ("window_embeddings", "sampling: {seed: 1}", "", False),
+        (
+            "window_embeddings",
+            "window_embeddings: {max_windows: 9}\nsampling: {seed: 1}",
+            "window_embeddings: {max_windows: 9}",
+            True,
+        ),
+        (
+            "neighbours",
+            "neighbours: {measures: [decoder], max_tokens: 9}",
+            "neighbours: {measures: [decoder]}",
+            False,
+        ),
+        ("neighbours", "neighbours: {max_tokens: 9}", "neighbours: {}", True),
+    ],
+)
+def test_the_parameters_of_a_stage_are_those_that_can_change_it(
+    tmp_path, stage, one, other, expected
+):
+    assert differ(tmp_path, stage, one, other) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sampling: {negative_kinds: [near]}", r"sampling.negative_kinds.0: .*'random'.*'near'"),
+        ("neighbours: {measures: [near]}", r"neighbours.measures.0: .*'cofiring'.*'near'"),
+        ("neighbours: {measures: []}", r"neighbours.measures: .*at least 1 item"),
+        ("neighbours: {measures: [decoder, decoder]}", r"measures: .*names a measure twice"),
+    ],
+)
+def test_a_kind_or_measure_that_does_not_fit_is_one_mistake(tmp_path, text, message):
+    with pytest.raises(StudyError, match=message) as caught:
+        load_study(write(tmp_path, MINIMAL + text))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_study_may_leave_out_the_logit_lens(tmp_path):
+    whole = load_study(write(tmp_path))
+    without = load_study(write(tmp_path, MINIMAL + "logit_lens: false"))
+    assert parameters_of(whole, "activation_cache")["logit_lens"] is not None
+    assert parameters_of(without, "activation_cache") == {"logit_lens": None}
+
+
+def test_promoted_tokens_that_are_not_known_cannot_be_shown(tmp_path):
+    text = MINIMAL.replace("kind: default", "kind: default, show_promoted: true")
+    assert load_study(write(tmp_path, text)).explainers["default"].show_promoted
+    with pytest.raises(StudyError, match=r"default.show_promoted: with logit_lens: false"):
+        load_study(write(tmp_path, text + "logit_lens: false"))

@@ -11,11 +11,14 @@ import shutil
 import tempfile
 import time
 import uuid
+import weakref
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Self
 
 from autointerp_dagster.adapters.cache.plan import PassPlan
+from autointerp_dagster.core.errors import StoreError
 
 SPOOL_VARIABLE = "AUTOINTERP_SPOOL"
 """Environment variable: the folder for spools, on a local disk."""
@@ -30,9 +33,26 @@ _logger = logging.getLogger(__name__)
 
 
 def default_spool_dir() -> Path:
-    """Where spools are: ``$AUTOINTERP_SPOOL``, or a folder among the temporary files."""
+    """Where spools are: ``$AUTOINTERP_SPOOL``, or this user's folder among the temporary files.
+
+    The latter is made if need be, for this user alone.
+
+    Raises:
+        StoreError: If somebody else has made it.
+    """
     named = os.environ.get(SPOOL_VARIABLE)
-    return Path(named) if named else Path(tempfile.gettempdir()) / "autointerp-spool"
+    if named:
+        return Path(named)
+    path = Path(tempfile.gettempdir()) / f"autointerp-spool-{os.getuid()}"
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    about = path.lstat()
+    if about.st_uid != os.getuid() or path.is_symlink():
+        raise StoreError(
+            f"spool {path}: belongs to user {about.st_uid} or is a link, wanted a folder of user "
+            f"{os.getuid()}. Name a folder of your own on a local disk in {SPOOL_VARIABLE}."
+        )
+    path.chmod(0o700)
+    return path
 
 
 class SpoolFolder:
@@ -41,6 +61,8 @@ class SpoolFolder:
     def __init__(self, path: Path, lock: int) -> None:
         self.path = path
         self._lock: int | None = lock
+        _release_in_forks()
+        _held.add(self)
 
     @classmethod
     def new(cls, root: Path, key: str) -> Self:
@@ -79,12 +101,24 @@ class SpoolFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+            _held.discard(self)
 
     def remove(self) -> None:
-        """Removes the folder; first the plan, without which nobody finds it."""
+        """Removes the folder; first the plan, without which nobody finds it. Not once released."""
+        if self._lock is None:
+            return
         PassPlan.path_in(self.path).unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
         self.release()
+
+
+_held: weakref.WeakSet[SpoolFolder] = weakref.WeakSet()
+
+
+@cache
+def _release_in_forks() -> None:
+    """A forked child would hold its parent's locks on, beyond the parent's death."""
+    os.register_at_fork(after_in_child=lambda: [folder.release() for folder in list(_held)])
 
 
 def folders_of(root: Path, key: str) -> Iterator[Path]:

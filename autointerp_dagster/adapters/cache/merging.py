@@ -8,6 +8,7 @@ So memory holds one block of held keys, and what is given away, however the keys
 latent that fires on every token is no different from the others.
 """
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -17,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 import polars as pl
 
+from autointerp_dagster.adapters.cache.checkpoint import damaged
 from autointerp_dagster.adapters.cache.packing import KEY_BYTES, Keys
 from autointerp_dagster.core.errors import StoreError
 
@@ -27,41 +29,46 @@ _FEWEST_HELD = 256
 """Keys held of a run at least: with less, reading would be all seeking."""
 
 
-def sorted_keys(path: Path, block_keys: int = BLOCK_KEYS) -> Iterator[Keys]:
+def sorted_keys(path: Path, block_keys: int = BLOCK_KEYS, crc: int | None = None) -> Iterator[Keys]:
     """All keys of a file in ascending order, in arrays of at most ``block_keys``.
 
     Args:
         path: Raw keys in any order. Beside it a second file of its size may be made and removed.
         block_keys: Keys in memory at once, at least 1; about twice as many for moments.
+        crc: CRC-32 of the file; null: not compared.
 
     Raises:
-        StoreError: If a file cannot be read or written, e.g. a full disk.
+        StoreError: If a file cannot be read or written, e.g. a full disk, or its checksum
+            differs; then nothing was given.
     """
     with _explaining(path):
         n_keys = path.stat().st_size // KEY_BYTES
         if n_keys <= block_keys:
-            keys = _sorted(np.fromfile(path, dtype=np.uint64))
+            keys = np.fromfile(path, dtype=np.uint64)
+            _refuse_other(path, zlib.crc32(keys.data), crc)
             if keys.size:
-                yield keys
+                yield _sorted(keys)
             return
         runs_path = path.with_suffix(".runs")
         try:
-            starts = _write_runs(path, runs_path, block_keys)
+            starts, found = _write_runs(path, runs_path, block_keys)
+            _refuse_other(path, found, crc)
             with runs_path.open("rb") as file:
                 yield from _merged(file, [*starts, n_keys], block_keys)
         finally:
             runs_path.unlink(missing_ok=True)
 
 
-def _write_runs(path: Path, runs_path: Path, block_keys: int) -> list[int]:
-    """Writes the file's blocks sorted; gives the index of each one's first key."""
-    starts, n_done = [], 0
+def _write_runs(path: Path, runs_path: Path, block_keys: int) -> tuple[list[int], int]:
+    """Writes the file's blocks sorted; gives the index of each one's first key, and the CRC-32."""
+    starts, n_done, crc = [], 0, 0
     with path.open("rb") as source, runs_path.open("wb") as target:
         while (keys := np.fromfile(source, dtype=np.uint64, count=block_keys)).size:
+            crc = zlib.crc32(keys.data, crc)
             target.write(_sorted(keys).data)
             starts.append(n_done)
             n_done += keys.size
-    return starts
+    return starts, crc
 
 
 class _Run:
@@ -104,6 +111,11 @@ def _merged(file: BinaryIO, bounds: list[int], block_keys: int) -> Iterator[Keys
         for start in range(0, keys.size, block_keys):
             yield keys[start : start + block_keys]
         runs = [run for run in runs if run.held.size or not run.is_read]
+
+
+def _refuse_other(path: Path, found: int, wanted: int | None) -> None:
+    if wanted is not None and found != wanted:
+        raise damaged(path, "its bytes are not those that were written")
 
 
 def _sorted(keys: Keys) -> Keys:

@@ -1,18 +1,19 @@
 """Finding the spool of a pass: a killed one's, a finished one's, or a new one."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 
-from autointerp_dagster.adapters.cache.checkpoint import Checkpoint
+from autointerp_dagster.adapters.cache.checkpoint import Checkpoint, added
 from autointerp_dagster.adapters.cache.folders import SpoolFolder, folders_of
 from autointerp_dagster.adapters.cache.packing import KeyLayout
 from autointerp_dagster.adapters.cache.plan import PassPlan
 from autointerp_dagster.adapters.cache.spool import Spool, unwritable
 from autointerp_dagster.adapters.storage import write_whole
+from autointerp_dagster.core.activations import FiringCounts
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import Cell, LayerKey
 
@@ -26,24 +27,36 @@ class OpenSpool:
     folder: SpoolFolder
     plan: PassPlan
     spool: Spool
-    n_done: int
-    """Chunks."""
-    counts: dict[LayerKey, pl.DataFrame]
-    """``schemas.FIRING_COUNTS`` of each layer after these chunks; none before the first."""
+    checkpoint: Checkpoint | None
+    """Null before the first."""
+
+    @property
+    def n_done(self) -> int:
+        """Chunks that are in it and need not be computed again."""
+        return 0 if self.checkpoint is None else self.checkpoint.n_chunks
 
     @property
     def is_finished(self) -> bool:
         """Whether every chunk is in it."""
-        return self.n_done == self.plan.n_chunks
+        return self.checkpoint is not None and self.n_done == self.plan.n_chunks
 
-    def checkpoint(self, n_done: int, counts: Mapping[LayerKey, pl.DataFrame]) -> None:
-        """Brings everything to disk, then says so."""
-        sizes = self.spool.sync()
+    def firing_counts(self, layer: LayerKey) -> pl.DataFrame | None:
+        """``schemas.FIRING_COUNTS`` of a layer after ``n_done`` chunks; null after none."""
+        return None if self.checkpoint is None else self.checkpoint.table(self.folder.path, layer)
+
+    def advance(self, n_done: int, since: Mapping[LayerKey, FiringCounts]) -> None:
+        """Brings everything to disk, then says so.
+
+        Args:
+            n_done: Chunks that are in it now.
+            since: Counts of each layer in the chunks since the last time.
+        """
+        files = self.spool.sync()
+        tables = ((k, added(self.firing_counts(k), of.table())) for k, of in since.items())
         try:
-            Checkpoint(n_done, sizes, counts).write(self.folder.path)
+            self.checkpoint = Checkpoint.make(self.folder.path, n_done, files, tables)
         except OSError as error:
             raise unwritable(self.folder.path, error) from error
-        self.n_done, self.counts = n_done, dict(counts)
 
     def close(self, *, is_kept: bool) -> None:
         """Lets other processes use it; removes it unless it is kept and worth something."""
@@ -74,7 +87,18 @@ def open_spool(root: Path, wanted: PassPlan, dataset: TokenDataset, buffer_bytes
             found, other = other, found
         if other is not None:
             other.folder.release()
-    return _new(root, wanted, dataset, buffer_bytes) if found is None else _narrowed(found, wanted)
+    if found is None:
+        return _new(root, wanted, dataset, buffer_bytes)
+    path, n_chunks = found.folder.path, found.plan.n_chunks
+    _logger.info("the spool %s goes on from chunk %d of %d", path, found.n_done, n_chunks)
+    left_out = found.plan.coders.keys() - wanted.coders.keys()
+    if left_out and not found.is_finished:
+        try:
+            _set_aside(found, root, left_out)
+        except BaseException:
+            found.folder.release()
+            raise
+    return found
 
 
 def _resumable(
@@ -82,7 +106,7 @@ def _resumable(
 ) -> OpenSpool | None:
     """The spool in a locked folder; null if it is none, or not of this pass."""
     plan, checkpoint = PassPlan.read(folder.path), Checkpoint.read(folder.path)
-    if plan is None or checkpoint is None:  # killed before there was anything to keep
+    if plan is None or checkpoint is None:  # damaged, or killed with nothing to keep
         folder.remove()
         return None
     if not plan.covers(wanted, folder.path):
@@ -90,12 +114,15 @@ def _resumable(
         return None
     there = {cell: file for cell, file in plan.files.items() if (folder.path / file).exists()}
     spool = Spool(folder.path, there, _layouts(there, dataset), buffer_bytes)
-    if not spool.truncate(checkpoint.sizes):
-        _logger.warning("%s: a file is shorter than its checkpoint says; removed", folder.path)
-        folder.remove()
-        return None
-    counts = {layer: checkpoint.counts[layer] for layer in plan.coders}
-    return OpenSpool(folder, plan, spool, checkpoint.n_chunks, counts)
+    if (
+        spool.truncate(checkpoint.files)
+        and spool.is_intact(wanted.files)
+        and checkpoint.has_counts(folder.path, wanted.coders)
+    ):
+        return OpenSpool(folder, plan, spool, checkpoint)
+    _logger.warning("%s: a file is not what its checkpoint says; removed", folder.path)
+    folder.remove()
+    return None
 
 
 def _new(root: Path, plan: PassPlan, dataset: TokenDataset, buffer_bytes: int) -> OpenSpool:
@@ -105,39 +132,46 @@ def _new(root: Path, plan: PassPlan, dataset: TokenDataset, buffer_bytes: int) -
     except OSError as error:
         raise unwritable(root, error) from error
     spool = Spool(folder.path, plan.files, layouts, buffer_bytes)
-    opened = OpenSpool(folder, plan, spool, 0, {})
+    opened = OpenSpool(folder, plan, spool, None)
     try:
         spool.create()
-        _write_plan(opened)
+        _write_plan(folder.path, plan)
     except BaseException:
         folder.remove()
         raise
     return opened
 
 
-def _narrowed(opened: OpenSpool, wanted: PassPlan) -> OpenSpool:
-    """Strikes out layers that are not wanted now: going on without them leaves them behind."""
-    left_out = opened.plan.coders.keys() - wanted.coders.keys()
-    _logger.info(
-        "the spool %s goes on from chunk %d of %d",
-        opened.folder.path, opened.n_done, opened.plan.n_chunks,
-    )  # fmt: skip
-    if opened.is_finished or not left_out:
-        return opened
-    _logger.info("without %s", ", ".join(map(str, sorted(left_out))))
-    dropped = [cell for cell in opened.plan.files if cell.layer in left_out]
-    opened.plan = opened.plan.only(wanted.coders.keys())
-    _write_plan(opened)
-    for cell in dropped:
-        opened.spool.drop(cell)
-    return opened
+def _set_aside(opened: OpenSpool, root: Path, layers: Collection[LayerKey]) -> None:
+    """Moves layers that are not wanted now to a spool of their own, which can be gone on with.
 
-
-def _write_plan(opened: OpenSpool) -> None:
+    Killed in the middle, these layers begin anew and the others do not notice.
+    """
+    assert opened.checkpoint is not None
+    here, aside = opened.folder.path, opened.plan.only(layers)
+    checkpoint = opened.checkpoint.only(layers, aside.files.values())
+    _write_plan(here, opened.plan.only(opened.plan.coders.keys() - set(layers)))
+    opened.plan = opened.plan.only(opened.plan.coders.keys() - set(layers))
+    for cell in aside.files:
+        opened.spool.forget(cell)
     try:
-        write_whole(PassPlan.path_in(opened.folder.path), opened.plan.to_json())
+        folder = SpoolFolder.new(root, opened.plan.key)
+        for file in checkpoint.files:
+            if (here / file).exists():
+                (here / file).rename(folder.path / file)
+        checkpoint.write(folder.path)
     except OSError as error:
-        raise unwritable(opened.folder.path, error) from error
+        raise unwritable(root, error) from error
+    _write_plan(folder.path, aside)
+    _logger.info("%s go on another time, from %s", ", ".join(map(str, layers)), folder.path)
+    folder.release()
+
+
+def _write_plan(folder: Path, plan: PassPlan) -> None:
+    try:
+        write_whole(PassPlan.path_in(folder), plan.to_json())
+    except OSError as error:
+        raise unwritable(folder, error) from error
 
 
 def _layouts(cells: Iterable[Cell], dataset: TokenDataset) -> dict[Cell, KeyLayout]:

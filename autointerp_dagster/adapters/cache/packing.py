@@ -23,6 +23,11 @@ Keys = UInt64[np.ndarray, " nnz"]
 """Packed non-zeros."""
 
 
+def addresses_of(keys: Keys) -> Keys:
+    """Which latent and token each key is about: the key without its value."""
+    return keys >> np.uint64(_VALUE_BITS)
+
+
 class KeyLayout(NamedTuple):
     """Where in a key each number lies."""
 
@@ -61,7 +66,7 @@ class KeyLayout(NamedTuple):
 
     def unpack(self, keys: Keys) -> pl.DataFrame:
         """``schemas.ACTIVATIONS``, a row for each key, in the order given."""
-        address = keys >> np.uint64(_VALUE_BITS)
+        address = addresses_of(keys)
         in_context = np.uint64((1 << self.position_bits) - 1)
         in_dataset = np.uint64((1 << self.context_bits) - 1)
         context = (address >> np.uint64(self.position_bits)) & in_dataset

@@ -1,6 +1,7 @@
 """What a pass over the dataset spools, and what makes two passes the same."""
 
 import json
+import logging
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,8 @@ from autointerp_dagster.adapters.hashing import json_hash
 from autointerp_dagster.core.types import Cell, LatentRange, LayerKey
 
 _FILE = "pass.json"
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +84,20 @@ class PassPlan:
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """The plan of a folder; null if it has none, e.g. since it is being removed."""
+        """The plan of a folder; null if it has none that can be read."""
         try:
             about = json.loads((folder / _FILE).read_bytes())
+            coders = {LayerKey.parse(layer): coder for layer, coder in about["coders"].items()}
+            files = {
+                Cell(LayerKey.parse(layer), LatentRange.parse(latents)): file
+                for layer, latents, file in about["files"]
+            }
+            return cls(about["key"], about["n_chunks"], coders, files)
         except FileNotFoundError:
             return None
-        coders = {LayerKey.parse(layer): coder for layer, coder in about["coders"].items()}
-        files = {
-            Cell(LayerKey.parse(layer), LatentRange.parse(latents)): file
-            for layer, latents, file in about["files"]
-        }
-        return cls(about["key"], about["n_chunks"], coders, files)
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            _logger.warning("%s: cannot be read, the pass begins again: %r", folder / _FILE, error)
+            return None
 
     @staticmethod
     def path_in(folder: Path) -> Path:

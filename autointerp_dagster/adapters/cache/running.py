@@ -13,7 +13,6 @@ from typing import Self
 
 import polars as pl
 
-from autointerp_dagster.adapters.cache.checkpoint import added
 from autointerp_dagster.adapters.cache.folders import sweep
 from autointerp_dagster.adapters.cache.merging import BLOCK_KEYS
 from autointerp_dagster.adapters.cache.opening import OpenSpool, open_spool
@@ -67,21 +66,32 @@ class CachedLayers:
         return about
 
     def firing_counts(self, layer: LayerKey) -> pl.DataFrame:
-        """``schemas.FIRING_COUNTS`` of a whole layer, also of latents outside its ranges."""
-        return self._opened.counts[layer]
+        """``schemas.FIRING_COUNTS`` of a whole layer, also of latents outside its ranges.
+
+        Raises:
+            StoreError: If the spool is damaged.
+        """
+        counts = self._opened.firing_counts(layer)
+        assert counts is not None  # a pass ends with a checkpoint
+        return counts
 
     def frames(self, layer: LayerKey, latents: LatentRange) -> Iterator[pl.DataFrame]:
         """``schemas.ACTIVATIONS`` of one cell in order, in frames cut anywhere; can be asked again.
 
         Raises:
             ValueError: If the cell was not asked for.
-            StoreError: If the spool cannot be read.
+            StoreError: If the spool cannot be read or is damaged.
         """
         return self._opened.spool.frames(Cell(layer, latents), self._settings.block_keys)
 
     def cell(self, layer: LayerKey, latents: LatentRange) -> pl.DataFrame:
         """:meth:`frames` as one table: for cells that fit into memory."""
         return pl.concat([ACTIVATIONS.empty(), *self.frames(layer, latents)], rechunk=True)
+
+    @property
+    def folder(self) -> Path:
+        """The spool's, to be named where something is wrong with it."""
+        return self._opened.folder.path
 
     def discard(self, cells: Iterable[Cell]) -> None:
         """Removes what was spooled of cells that are stored now."""
@@ -196,14 +206,18 @@ def _spool_chunks(
     coders: Mapping[LayerKey, SparseCoder],
     settings: SpoolSettings,
 ) -> None:
-    counts = {layer: FiringCounts(coder.num_latents) for layer, coder in coders.items()}
-    before, last = dict(opened.counts), time.monotonic()
+    counts, last = _no_counts(coders), time.monotonic()
     for n_done, chunk in enumerate(chunks, start=opened.n_done + 1):
         for layer, nonzeros in chunk.nonzeros.items():
             counts[layer].add(nonzeros)
             opened.spool.append(layer, nonzeros)
         is_last = n_done == opened.plan.n_chunks
         if is_last or time.monotonic() - last >= settings.checkpoint_s:
-            so_far = {k: added(before.get(k), of.table()) for k, of in counts.items()}
-            opened.checkpoint(n_done, so_far)
-            last = time.monotonic()
+            opened.advance(n_done, counts)
+            counts, last = _no_counts(coders), time.monotonic()
+    if opened.checkpoint is None:  # there was no chunk
+        opened.advance(0, counts)
+
+
+def _no_counts(coders: Mapping[LayerKey, SparseCoder]) -> dict[LayerKey, FiringCounts]:
+    return {layer: FiringCounts(coder.num_latents) for layer, coder in coders.items()}

@@ -5,15 +5,17 @@ sorted when it is read. So memory does not grow with tokens, layers or ranges.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
+from autointerp_dagster.adapters.cache.checkpoint import Written, damaged
 from autointerp_dagster.adapters.cache.merging import BLOCK_KEYS, sorted_keys
-from autointerp_dagster.adapters.cache.packing import KEY_BYTES, KeyLayout, Keys
+from autointerp_dagster.adapters.cache.packing import KEY_BYTES, KeyLayout, Keys, addresses_of
 from autointerp_dagster.core.activations import Nonzeros
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.types import Cell, LayerKey
@@ -23,6 +25,8 @@ BUFFER_BYTES = 64 << 20
 
 FRAME_ROWS = 1 << 18
 """Rows of a frame that is read back, at most."""
+
+_READ_BYTES = 1 << 20
 
 _MOST_SEGMENTS = 1 << 18
 """Pieces of the buffer: a chunk may bring a cell a single non-zero."""
@@ -57,6 +61,7 @@ class Spool:
         self._n_buffered = 0
         self._segments: list[tuple[Cell, int, int]] = []
         self._unsynced = set(self._file_of.values())
+        self._written = dict.fromkeys(files.values(), Written(0, 0))
 
     def create(self) -> None:
         """Makes the files, empty."""
@@ -86,15 +91,19 @@ class Spool:
             segments.setdefault(cell, []).append((start, stop))
         for cell, bounds in segments.items():
             file = self._file_of[cell]
+            n_bytes, crc = self._written[file.name]
             with self._writes(file), file.open("ab") as opened:
                 for start, stop in bounds:
-                    opened.write(self._buffer[start:stop].data)
+                    data = self._buffer[start:stop].data
+                    opened.write(data)
+                    n_bytes, crc = n_bytes + data.nbytes, zlib.crc32(data, crc)
+            self._written[file.name] = Written(n_bytes, crc)
             self._unsynced.add(file)
         self._segments.clear()
         self._n_buffered = 0
 
-    def sync(self) -> dict[str, int]:
-        """Brings everything safely to disk; gives the size of each file in bytes, by name.
+    def sync(self) -> dict[str, Written]:
+        """Brings everything safely to disk; gives what each file holds, by name.
 
         Raises:
             StoreError: If the folder cannot be written.
@@ -104,22 +113,29 @@ class Spool:
             with self._writes(file), file.open("rb") as opened:
                 os.fsync(opened.fileno())
         self._unsynced.clear()
-        return {file.name: file.stat().st_size for file in self._file_of.values()}
+        return dict(self._written)
 
     @property
     def n_buffered(self) -> int:
         """Bytes that are not written yet, at most ``buffer_bytes``."""
         return self._n_buffered * KEY_BYTES
 
-    def truncate(self, sizes: Mapping[str, int]) -> bool:
-        """Cuts the files back to these sizes; false if one is missing or shorter."""
+    def truncate(self, written: Mapping[str, Written]) -> bool:
+        """Cuts the files back to what they held; false if one is missing, shorter or unknown."""
         files = self._file_of.values()
-        if not all(file.exists() and file.stat().st_size >= sizes[file.name] for file in files):
+        if not all(file.name in written and file.exists() for file in files):
+            return False
+        self._written = {file.name: written[file.name] for file in files}
+        if any(file.stat().st_size < self._written[file.name].n_bytes for file in files):
             return False
         for file in files:
             with self._writes(file):
-                os.truncate(file, sizes[file.name])
+                os.truncate(file, self._written[file.name].n_bytes)
         return True
+
+    def is_intact(self, cells: Iterable[Cell]) -> bool:
+        """Whether the files of some cells hold the very bytes that were written; reads them all."""
+        return all(self._crc(cell) == self._written[self._file_of[cell].name].crc for cell in cells)
 
     def frames(self, cell: Cell, block_keys: int = BLOCK_KEYS) -> Iterator[pl.DataFrame]:
         """``schemas.ACTIVATIONS`` of a cell, in order, cut anywhere. Can be asked again.
@@ -130,12 +146,17 @@ class Spool:
 
         Raises:
             ValueError: If the cell is not one of the spool's.
-            StoreError: If its file cannot be sorted.
+            StoreError: If its file cannot be sorted, or is not what was written.
         """
         if cell not in self._file_of:
             raise ValueError(f"spool: cell {cell} was not asked for when the spool was made.")
-        layout = self._layout_of[cell]
-        for keys in sorted_keys(self._file_of[cell], block_keys):
+        layout, file = self._layout_of[cell], self._file_of[cell]
+        last = -1
+        for keys in sorted_keys(file, block_keys, self._written[file.name].crc):
+            addresses = addresses_of(keys)
+            if addresses[0] == last or (addresses[1:] == addresses[:-1]).any():
+                raise damaged(file, "a token has two activations of one latent")
+            last = int(addresses[-1])
             for start in range(0, keys.size, FRAME_ROWS):
                 yield layout.unpack(keys[start : start + FRAME_ROWS])
 
@@ -143,15 +164,24 @@ class Spool:
         """Removes the file of a cell, which is needed no more."""
         self._file_of[cell].unlink(missing_ok=True)
 
-    def drop(self, cell: Cell) -> None:
-        """Removes a cell: what is appended of it from now on is dropped."""
-        self.discard(cell)
-        self._cells_of[cell.layer].remove(cell)
-        self._unsynced.discard(self._file_of.pop(cell))
+    def forget(self, cell: Cell) -> None:
+        """From now on the cell is not the spool's; its file, if there is one, stays."""
+        file = self._file_of.pop(cell, None)
+        if file is not None:
+            self._cells_of[cell.layer].remove(cell)
+            self._unsynced.discard(file)
+            self._written.pop(file.name)
 
     def cells(self) -> list[Cell]:
         """The cells whose files are there."""
         return [cell for cell, file in self._file_of.items() if file.exists()]
+
+    def _crc(self, cell: Cell) -> int:
+        crc = 0
+        with self._file_of[cell].open("rb") as file:
+            while data := file.read(_READ_BYTES):
+                crc = zlib.crc32(data, crc)
+        return crc
 
     def _hold(self, cell: Cell, keys: Keys) -> None:
         while keys.size:

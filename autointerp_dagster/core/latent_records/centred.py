@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float32, Int64
 
 from autointerp_dagster.core.latent_records.firing import ActiveWindows, FiringTokens
 from autointerp_dagster.core.tokens import TokenDataset
@@ -19,6 +19,8 @@ class Cuts(NamedTuple):
     """Its firing tokens are ``first .. first + n_tokens`` of the range's, whichever windows of the
     grid they lie in."""
     n_tokens: Int64[np.ndarray, " window"]
+    maximum: Float32[np.ndarray, " window"]
+    """Largest activation in it."""
 
 
 def centred_windows(
@@ -37,7 +39,9 @@ def centred_windows(
 
     Returns:
         The cuts; and false for those in which the latent is stronger elsewhere, so that their
-        maximum is not where it should be: the stronger place has a window of its own.
+        maximum is not where it should be: the stronger place has a window of its own. Tokens past
+        a context's last whole window have none, so what is stronger there drops no window: it is
+        shown in it, behind the place of the maximum.
     """
     peak = _first_maximum(firing, active)
     context = firing.context[peak]
@@ -48,10 +52,19 @@ def centred_windows(
     begin = address[peak] - firing.position[peak] + start
     low = np.searchsorted(address, begin)
     high = np.searchsorted(address, begin + grid.window_len)
-    values = np.append(firing.activation, np.float32(0))
     ends = np.stack([low, high], axis=1).reshape(-1)
-    maximum = np.maximum.reduceat(values, ends)[::2] if len(ends) else values[:0]
-    return Cuts(start, low, high - low), maximum == firing.activation[peak]
+    of_windows = np.where(firing.window >= 0, firing.activation, np.float32(0))
+    shown, rival = (_maxima(values, ends) for values in (firing.activation, of_windows))
+    return Cuts(start, low, high - low, shown), rival == firing.activation[peak]
+
+
+def _maxima(
+    values: Float32[np.ndarray, " token"], ends: Int64[np.ndarray, " end"]
+) -> Float32[np.ndarray, " window"]:
+    """The largest value between every other end and the next one."""
+    if not len(ends):
+        return values[:0]
+    return np.maximum.reduceat(np.append(values, np.float32(0)), ends)[::2]
 
 
 def _first_maximum(firing: FiringTokens, active: ActiveWindows) -> Int64[np.ndarray, " window"]:

@@ -2,7 +2,7 @@
 
 1. Each window gets its rank by strength among all of its latent's, hence its quantile.
 2. In ``centred`` mode windows are cut again, around their maxima; of two that overlap one stays.
-3. Of a very frequent latent only a sample stays, and its strongest windows.
+3. Of a very frequent latent only a sample stays.
 """
 
 from typing import NamedTuple
@@ -18,15 +18,16 @@ from autointerp_dagster.core.sampling import (
     latent_keys,
     may_be_drawn,
     quantile_bands,
+    ranks_within,
     strength_ranks,
 )
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import LayerKey
 from autointerp_dagster.core.windows import SPLITS, WindowGrid
 
-_STRONGEST = 4
-"""Times as many windows as are drawn: the strongest ones that stay whatever their priority, so that
-``top`` and ``mix`` are exact unless most of these nearly repeat one another."""
+_SPARE = 4
+"""Times as many windows as are drawn: what stays at least of the latent's, so that near-duplicates
+may go."""
 
 
 class Keys(NamedTuple):
@@ -87,7 +88,7 @@ def pool_of(
     if config.window_mode == "centred":
         pool, cuts = _centred(pool, firing, active, dataset, grid)
     else:
-        cuts = Cuts(grid.start[window], active.first, active.n_tokens)
+        cuts = Cuts(grid.start[window], active.first, active.n_tokens, active.maximum)
     stays = is_ok[pool.latent] & _sampled(pool, is_ok, config)
     stays &= _in_reach(pool, stays, len(is_ok), grid, config)
     return pool.at(np.flatnonzero(stays)), cuts
@@ -130,28 +131,29 @@ def _centred(
 def _sampled(
     pool: Pool, is_ok: Bool[np.ndarray, " latent"], config: SamplingConfig
 ) -> Bool[np.ndarray, " window"]:
-    """At most ``max_windows`` of each latent by hashed priority, and the strongest ones.
+    """About ``max_windows`` of each latent, by hashed priority, and the strongest ones if need be.
 
-    The sample holds the very windows that a draw by the same priority would take first, so what is
-    drawn is what would be drawn from all, but where a sample has too few of a split and quantile.
+    Each split, and each quantile where draws go by quantiles, keeps its share of ``max_windows``,
+    or 4 times what is drawn of it if that is more. These are the very windows that a draw by the
+    same priority would take first, so what is drawn is what would be drawn from all, unless three
+    quarters of them nearly repeat what was shown. Strategies that begin with the strongest windows
+    keep 4 times as many of these as are drawn of the split.
     """
     kept = np.ones(len(pool.row), dtype=bool)
-    first = np.searchsorted(pool.latent, np.arange(len(is_ok) + 1))
-    n_strongest = np.array([config.n_train, config.n_select, config.n_test]) * _STRONGEST
-    for latent in np.flatnonzero((np.diff(first) > config.max_windows) & is_ok):
-        mine = slice(int(first[latent]), int(first[latent + 1]))
-        sample, split = _smallest(pool.priority[mine], config.max_windows), pool.split[mine]
-        for code, n in enumerate(n_strongest):
-            rows = np.flatnonzero(split == code)
-            sample[rows] |= _smallest(pool.strength[mine][rows], int(n))
-        kept[mine] = sample
+    n_windows = np.bincount(pool.latent, minlength=len(is_ok))
+    rows = np.flatnonzero(((n_windows > config.max_windows) & is_ok)[pool.latent])
+    if not len(rows):
+        return kept
+    latent, split = pool.latent[rows], pool.split[rows]
+    spare = _SPARE * np.array([config.n_train, config.n_select, config.n_test])
+    goes_by_quantile = config.strategy in ("quantiles", "mix")
+    n_bands = config.n_quantiles if goes_by_quantile else 1
+    group = latent * len(SPLITS) + split
+    cell = group * n_bands + (pool.quantile[rows] if goes_by_quantile else 0)
+    share = np.ceil(np.bincount(cell)[cell] * (config.max_windows / n_windows[latent]))
+    stays = ranks_within(cell, pool.priority[rows]) < np.maximum(share, -(-spare // n_bands)[split])
+    if config.strategy in ("top", "mix"):
+        place = ranks_within(group, pool.priority[rows], pool.strength[rows])
+        stays |= place < spare[split]
+    kept[rows] = stays
     return kept
-
-
-def _smallest(
-    values: Int64[np.ndarray, " row"] | UInt64[np.ndarray, " row"], n: int
-) -> Bool[np.ndarray, " row"]:
-    """Which values are among the ``n`` smallest, without sorting the others."""
-    if n < 1 or len(values) <= n:
-        return np.full(len(values), n >= 1)
-    return values <= np.partition(values, n - 1)[n - 1]

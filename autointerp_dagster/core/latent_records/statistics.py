@@ -5,12 +5,13 @@ import polars as pl
 from jaxtyping import Float32, Float64, Int32, Int64
 
 from autointerp_dagster.core.config import SamplingConfig
+from autointerp_dagster.core.grouping import number_in_group
 from autointerp_dagster.core.latent_records.firing import (
     ActiveWindows,
     FiringTokens,
     count_by_split,
 )
-from autointerp_dagster.core.sampling import order_within
+from autointerp_dagster.core.sampling import order_within, sorted_keys
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import LayerKey
 from autointerp_dagster.core.windows import SPLITS, WindowGrid
@@ -134,7 +135,7 @@ def _top_tokens(
     rows = np.flatnonzero(summed >= _enough_for_top(latent, summed)[latent])
     # The bits of positive floats sort as the floats do; inverted, the largest come first.
     rows = rows[order_within(latent[rows], ~summed[rows].view(np.uint64))]
-    place = np.arange(len(rows)) - np.searchsorted(latent[rows], latent[rows])
+    place = number_in_group(latent[rows])
     rows = rows[place < _N_TOP_TOKENS]
     frame = pl.DataFrame(
         {
@@ -157,7 +158,7 @@ def _summed_by_token(
     if int(key.max(initial=0)) < 2**32:
         # One sort of one integer: the activation's bits stand below the key.
         packed = key.astype(np.uint64) << np.uint64(32) | activation.view(np.uint32)
-        packed = pl.Series(packed).sort().to_numpy()
+        packed = sorted_keys(packed, latent)
         key = (packed >> np.uint64(32)).astype(np.int64)
         activation = packed.astype(np.uint32).view(np.float32)
     else:

@@ -81,12 +81,12 @@ def latent_records_of(
     Of the counts, ``n_train``, ``n_select`` and ``n_test`` are all activating windows of the split,
     before near-duplicates are dropped and before any draw (how many were drawn: count the rows of
     ``windows``). ``n_near_duplicates`` are activating windows of select and test, all that are
-    drawn from, plus silent ones that were passed over in their draw, because they nearly repeat a
-    drawn window of an earlier split; 0 unless the status is ``ok``, like ``n_negative_*``. All
-    counts and ``quantile`` are of windows of the grid, in ``centred`` mode too. Dead latents have
-    null ``max_activation`` and ``activation_quantiles`` (linear interpolation). ``top_tokens``
-    weigh all activating train windows, drawn or not; ties go to the smaller token id; empty without
-    train windows.
+    drawn from, because they nearly repeat a drawn window of an earlier split, plus silent ones that
+    were passed over in their draw, for that or for an activating one of their own split; 0 unless
+    the status is ``ok``, like ``n_negative_*``. All counts and ``quantile`` are of windows of the
+    grid, in ``centred`` mode too. Dead latents have null ``max_activation`` and
+    ``activation_quantiles`` (linear interpolation). ``top_tokens`` weigh all activating train
+    windows, drawn or not; ties go to the smaller token id; empty without train windows.
 
     Args:
         activations: ``schemas.ACTIVATIONS`` of these latents and no others, in any order.
@@ -120,5 +120,5 @@ def latent_records_of(
         pl.Series("n_near_duplicates", drawn.n_near_duplicates),
         *(pl.Series(f"n_negative_{name}", n_negative[:, i]) for i, name in enumerate(SPLITS)),
     )
-    windows = window_rows(drawn, firing, active, grid, latents, config, sources)
+    windows = window_rows(drawn, firing, grid, latents, config, sources)
     return RecordTables(LATENTS.conform(rows, layer), WINDOWS.conform(windows, layer))

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int64, UInt64
 
 from autointerp_dagster.core.config import SamplingConfig
 from autointerp_dagster.core.latent_records.draw import DrawnWindows
-from autointerp_dagster.core.latent_records.firing import ActiveWindows, FiringTokens
+from autointerp_dagster.core.latent_records.firing import FiringTokens
 from autointerp_dagster.core.negatives import NegativeSources
 from autointerp_dagster.core.sampling import order_within
 from autointerp_dagster.core.schemas import NEIGHBOUR_WINDOWS
@@ -18,7 +18,6 @@ from autointerp_dagster.core.windows import SPLITS, WindowGrid
 def window_rows(
     drawn: DrawnWindows,
     firing: FiringTokens,
-    active: ActiveWindows,
     grid: WindowGrid,
     latents: range,
     config: SamplingConfig,
@@ -29,7 +28,6 @@ def window_rows(
     Args:
         drawn: Which windows, of all latents.
         firing: The range's firing tokens.
-        active: The windows of the grid in which they lie.
         grid: Of the same dataset.
         latents: The range.
         config: Names the kinds of non-activating windows.
@@ -57,7 +55,7 @@ def window_rows(
             "start": drawn.start.astype(np.uint16)[order],
             "quantile": pl.Series(drawn.chosen.quantile.astype(np.uint8)).gather(chosen),
             "rank": drawn.rank.astype(np.uint16)[order],
-            "max_activation": pl.Series(active.maximum[drawn.chosen.row]).gather(chosen),
+            "max_activation": pl.Series(drawn.cuts.maximum[drawn.chosen.row]).gather(chosen),
             "activations": _position_activations(drawn, firing, grid).gather(chosen),
             "neighbour": neighbours["latent"].gather(neighbour),
             "neighbour_activations": neighbours["activations"].gather(neighbour),
@@ -91,7 +89,7 @@ def _null_where(is_null: Bool[np.ndarray, " row"], rows: Int64[np.ndarray, " row
 def _position_activations(drawn: DrawnWindows, firing: FiringTokens, grid: WindowGrid) -> pl.Series:
     """One list per activating window: the activation at each position, 0 where silent."""
     rows = drawn.chosen.row
-    start, first, n_tokens = (column[rows] for column in drawn.cuts)
+    start, first, n_tokens = (column[rows] for column in drawn.cuts[:3])
     slot = np.repeat(np.arange(len(rows)), n_tokens)
     begin = np.cumsum(n_tokens) - n_tokens
     token = np.arange(len(slot)) + np.repeat(first - begin, n_tokens)

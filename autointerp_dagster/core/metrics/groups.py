@@ -26,12 +26,13 @@ def with_prompts(block: pl.DataFrame) -> pl.DataFrame:
     """Verdicts in their table's order, with ``place`` in it and the number of their ``prompt``.
 
     A verdict that no model call made stands alone. Sums round by order: the table's own order makes
-    them equal, bit by bit, on every run.
+    them equal, bit by bit, on every run. So a prompt's number is the place of its first verdict:
+    what a call is called says where it was asked, too.
     """
-    called = pl.col("call_id").rank("dense")
-    alone = pl.col("call_id").n_unique() + pl.int_range(pl.len()) + 1
     block = block.sort(VERDICTS.key, nulls_last=True).with_row_index("place")
-    return block.with_columns(prompt=pl.coalesce(called, alone).cast(pl.Int64))
+    alone = pl.col("call_id").is_null()
+    prompt = pl.when(alone).then("place").otherwise(pl.col("place").first().over("call_id"))
+    return block.with_columns(prompt=prompt.cast(pl.Int64))
 
 
 def groups_of(rows: pl.DataFrame) -> Groups:

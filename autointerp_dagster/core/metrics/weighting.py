@@ -47,11 +47,15 @@ def weighted_rows(
     the strongest. Where a quantile was not judged, as under ``top``, nothing can be said and all
     three are null (``undefined``).
 
+    Under ``silent_scope: context`` the negatives come from wholly silent contexts, while silent
+    windows of the corpus may stand near activating ones, where false positives are likelier. So
+    ``precision_weighted`` and ``f1_weighted`` are null (``undefined``).
+
     Args:
         block: Verdicts of :func:`.groups.with_prompts`.
         window_firing_rates: ``latent`` and ``window_firing_rate`` (of all windows, in (0, 1]);
             a latent without one has null metrics, ``undefined``.
-        sampling: How the test windows were drawn; None: as they come.
+        sampling: How the test windows were drawn; None: as they come, and negatives anywhere.
         confidence: Two-sided.
 
     Returns:
@@ -67,12 +71,10 @@ def weighted_rows(
         is_uneven = True
         band = groups.rows["quantile"].fill_null(0).cast(pl.Int64).to_numpy()
         n_bands = sampling.n_quantiles
-    judged = Judged(
-        groups.verdicts,
-        band,
-        n_bands,
-        rate["window_firing_rate"].cast(pl.Float64).fill_null(float("nan")).to_numpy(),
-    )
+    firing_rate = rate["window_firing_rate"].cast(pl.Float64).fill_null(float("nan")).to_numpy()
+    if sampling is not None and sampling.silent_scope == "context":
+        firing_rate = np.full(len(firing_rate), np.nan)
+    judged = Judged(groups.verdicts, band, n_bands, firing_rate)
     estimates = weighted_estimates(judged, confidence)
     if not is_uneven:
         del estimates["recall_weighted"]

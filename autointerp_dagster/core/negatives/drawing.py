@@ -28,9 +28,10 @@ def draw_negatives(
     * ``similar``: by turns over the activating windows, of the windows nearest to each;
     * ``same_token``: of the windows that show the token on which the latent fires most.
 
-    All are silent, of the split, and none nearly repeats an earlier split. ``n_wanted`` is divided
-    evenly, the remainder to the kinds named first. Where too few of a kind are found there are
-    fewer: no other kind makes them up. A row depends on its own latent and the sources alone.
+    All are silent, of the split, and none nearly repeats an earlier split or an activating window
+    of its own (as far as ``request.repeats`` asks). ``n_wanted`` is divided evenly, the remainder
+    to the kinds named first. Where too few of a kind are found there are fewer: no other kind makes
+    them up. A row depends on its own latent and the sources alone.
 
     Args:
         kinds: Which, each once.

@@ -2,9 +2,9 @@
 
 1. A latent's lanes are asked turn by turn: everybody's first candidate, everybody's second, ...
    A window that several lanes offer belongs to the one that offers it first.
-2. Candidates in which the latent is active, or that nearly repeat an earlier split, are passed
-   over. It ends once the others can stand at the places in the context where the activating
-   windows stand, or are 16 times as many as are wanted.
+2. Candidates in which the latent is active, or that nearly repeat a window shown before or an
+   activating one of the split, are passed over. It ends once the others can stand at the places in
+   the context where the activating windows stand, or are 16 times as many as are wanted.
 3. Of these the latent takes by turns, first those at a place where it still lacks one; then, if it
    is short, the others by turns.
 
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, Int64, UInt64
 
+from autointerp_dagster.core.grouping import number_in_group
 from autointerp_dagster.core.negatives.permuting import counts_up, permuted
 from autointerp_dagster.core.negatives.request import NegativeRequest, Rows
 from autointerp_dagster.core.negatives.silent import matching_demand
@@ -85,7 +86,7 @@ class _Places(NamedTuple):
         """Whether one is still wanted there, as the rows come."""
         cell = latent * self.grid.n_windows + self.grid.place[window]
         at = np.searchsorted(self.cell, cell)
-        return _number_in_group(cell) < np.where(self.cell[at] == cell, self.n[at], 0)
+        return number_in_group(cell) < np.where(self.cell[at] == cell, self.n[at], 0)
 
 
 def draw_from_lanes(request: NegativeRequest, quota: int, lanes: Lanes) -> Taken:
@@ -96,7 +97,7 @@ def draw_from_lanes(request: NegativeRequest, quota: int, lanes: Lanes) -> Taken
     lane, latent = offers.lane[usable], offers.latent[usable]
     turn = np.empty(len(usable), dtype=np.int64)
     by_turn = np.lexsort((offers.turn[usable], lane))
-    turn[by_turn] = _number_in_group(lane[by_turn])  # in the lane, among those that passed
+    turn[by_turn] = number_in_group(lane[by_turn])  # in the lane, among those that passed
     usable = usable[np.lexsort((lane, turn, latent))]
     chosen = usable[_is_chosen(offers.latent[usable], offers.window[usable], places, quota)]
     n_taken = np.bincount(offers.latent[chosen], minlength=n_latents)
@@ -171,18 +172,8 @@ def _is_chosen(latent: Rows, window: Rows, places: _Places, quota: int) -> Bool[
     chosen = places.fits(latent, window)
     left = quota - np.bincount(latent[chosen], minlength=int(latent.max(initial=0)) + 1)
     others = np.flatnonzero(~chosen)
-    chosen[others] = _number_in_group(latent[others]) < left[latent[others]]
+    chosen[others] = number_in_group(latent[others]) < left[latent[others]]
     return chosen
-
-
-def _number_in_group(group: Rows) -> Rows:
-    """How many rows of the same group come before each row."""
-    order = np.argsort(group, kind="stable")
-    in_order = group[order]
-    first = np.flatnonzero(np.append(True, in_order[1:] != in_order[:-1])[: len(group)])
-    numbers = np.empty(len(group), dtype=np.int64)
-    numbers[order] = np.arange(len(group)) - np.repeat(first, np.diff(np.append(first, len(group))))
-    return numbers
 
 
 def _rows_of(offers: _Offers, rows: Rows) -> _Offers:

@@ -39,7 +39,8 @@ class NegativeRequest:
     active: Question
     """Whether the latent is active there (the window, or its context)."""
     repeats: Question | None
-    """Whether the window nearly repeats one of an earlier split; null: no question."""
+    """Whether the window nearly repeats one of an earlier split, or an activating one of this
+    split; null: no question."""
 
 
 class Negatives(NamedTuple):
@@ -53,7 +54,7 @@ class Negatives(NamedTuple):
     source: Int64[np.ndarray, " row"]
     """Row of ``NegativeSources.neighbour_windows`` for kind ``neighbour``; else -1."""
     n_near_duplicates: Int64[np.ndarray, " latent"]
-    """Per latent, how many were passed over because they nearly repeat an earlier split."""
+    """Per latent, how many were passed over because ``NegativeRequest.repeats`` said so."""
 
 
 @runtime_checkable

@@ -31,7 +31,7 @@ class Drawn(NamedTuple):
     window: Int64[np.ndarray, " row"]
     """Index into the grid."""
     n_near_duplicates: Int64[np.ndarray, " latent"]
-    """Per latent, how many were passed over because a train window is nearly the same."""
+    """Per latent, how many were passed over because ``repeats`` said so."""
 
 
 def matching_demand(
@@ -84,7 +84,7 @@ def silent_windows(
         demand: How many of each (latent, split, place); each combination once.
         n_latents: Length of the caller's arrays per latent.
         active: Whether the latent is active there (the window, or its context).
-        repeats: Whether the window nearly repeats a train window of the latent; null: no question.
+        repeats: Whether the window nearly repeats one that is shown; null: no question.
     """
     strata = grid.strata
     stratum = demand.split * strata.n_places + demand.place

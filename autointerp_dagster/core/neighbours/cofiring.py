@@ -15,6 +15,7 @@ import polars as pl
 import torch
 from jaxtyping import Int32, Int64
 
+from autointerp_dagster.core.grouping import number_in_group
 from autointerp_dagster.core.neighbours.counted import CountedTokens, Firings
 from autointerp_dagster.core.neighbours.incidence import Incidence
 from autointerp_dagster.core.neighbours.ranked import Ranked
@@ -160,7 +161,7 @@ def _by_sorting(
     row, other = np.divmod(keys, stride)
     is_other = (other != stride - 1) & (other != latents[row])
     row, other, n = row[is_other], other[is_other], n[is_other]
-    slot = np.arange(len(row)) - np.searchsorted(row, row)
+    slot = number_in_group(row)
     others = np.zeros((len(latents), int(slot.max(initial=0)) + 1), dtype=np.int64)
     shared = np.zeros_like(others)
     others[row, slot], shared[row, slot] = other, n

@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Bool, Float32, Int64, UInt64
 
+from autointerp_dagster.core.grouping import number_in_group
 from autointerp_dagster.core.rng import address_key, hash_priority
 from autointerp_dagster.core.schemas import NEIGHBOUR_WINDOWS
 from autointerp_dagster.core.tokens import TokenDataset
@@ -99,7 +100,7 @@ class WindowDraw:
         key = self.key[np.searchsorted(self.latents, latent)]
         order = np.lexsort((window, hash_priority(key, window), latent))
         is_drawn = np.empty(len(latent), dtype=bool)
-        is_drawn[order] = np.arange(len(latent)) - np.searchsorted(latent, latent) < self.n_windows
+        is_drawn[order] = number_in_group(latent) < self.n_windows
         return rows.where(is_drawn[np.cumsum(is_first) - 1])
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float64, Int64
 
+from autointerp_dagster.core.grouping import number_in_group
 from autointerp_dagster.core.schemas import NEIGHBOURS, NeighbourMeasure
 from autointerp_dagster.core.types import LayerKey
 
@@ -41,7 +42,7 @@ class Ranked(NamedTuple):
         """The ``n`` largest values of each latent; pairs in any order, each at most once."""
         order = np.lexsort((neighbour, -value, latent))
         latent, neighbour, value = latent[order], neighbour[order], value[order]
-        rank = np.arange(len(latent)) - np.searchsorted(latent, latent)
+        rank = number_in_group(latent)
         is_kept = rank < n
         return cls(latent[is_kept], rank[is_kept], neighbour[is_kept], value[is_kept])
 

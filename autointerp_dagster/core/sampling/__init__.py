@@ -8,6 +8,7 @@ from autointerp_dagster.core.sampling.draws import (
     order_within,
     quantile_bands,
     ranks_within,
+    sorted_keys,
     strength_ranks,
 )
 from autointerp_dagster.core.sampling.latents import (
@@ -33,5 +34,6 @@ __all__ = [
     "ranks_within",
     "scored_latents",
     "select_latents",
+    "sorted_keys",
     "strength_ranks",
 ]

@@ -4,18 +4,21 @@ A row's rank depends on its own hash and on the rows of its own latent, so order
 and other latents change nothing, and (but for ``mix``) a larger draw holds a smaller one.
 """
 
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 import polars as pl
 from jaxtyping import Bool, Float32, Int64, UInt64
 
+from autointerp_dagster.core.grouping import number_in_group
 from autointerp_dagster.core.rng import address_key
 from autointerp_dagster.core.types import LayerKey
 
 Strategy = Literal["quantiles", "random", "top", "mix"]
 
 _TOP_SHARE_OF_MIX = 5  # one in five
+_ROWS_AT_ONCE = 8192  # keys that the sort finds in the processor's nearest memory
 
 
 def latent_keys(
@@ -40,11 +43,8 @@ def ranks_within(
     if not len(group):
         return np.zeros(0, dtype=np.int64)
     order = order_within(group, priority, before)
-    in_order = group[order]
-    first = np.flatnonzero(np.append(True, in_order[1:] != in_order[:-1]))
-    size = np.diff(np.append(first, len(group)))
     ranks = np.empty(len(group), dtype=np.int64)
-    ranks[order] = np.arange(len(group)) - np.repeat(first, size)
+    ranks[order] = number_in_group(group[order])
     return ranks
 
 
@@ -70,7 +70,7 @@ def order_within(
         packed |= priority >> (np.uint64(64) - free)
     packed <<= np.uint64(row_bits)
     packed |= np.arange(len(packed), dtype=np.uint64)
-    packed = pl.Series(packed).sort().to_numpy()  # 15 ns a key, numpy 50
+    packed = sorted_keys(packed, group)
     order = (packed & np.uint64((1 << row_bits) - 1)).astype(np.int64)
     packed = packed >> np.uint64(row_bits)
     same = packed[1:] == packed[:-1]
@@ -79,6 +79,23 @@ def order_within(
         rows = order[tied]
         order[tied] = rows[np.lexsort((priority[rows], packed[tied]))]
     return order
+
+
+def sorted_keys(
+    packed: UInt64[np.ndarray, " row"], group: Int64[np.ndarray, " row"]
+) -> UInt64[np.ndarray, " row"]:
+    """The keys in ascending order; may change ``packed``.
+
+    A row of a larger group must have a larger key. Where groups follow each other they are sorted
+    some at a time: 8 ns a key, and 15 for half a million at once (numpy: 25 and 50).
+    """
+    n_rows = len(packed)
+    if n_rows < 2 * _ROWS_AT_ONCE or (group[1:] < group[:-1]).any():
+        return pl.Series(packed).sort().to_numpy()
+    cuts = np.searchsorted(group, group[np.arange(_ROWS_AT_ONCE, n_rows, _ROWS_AT_ONCE)])
+    for start, stop in pairwise([0, *np.unique(cuts).tolist(), n_rows]):
+        packed[start:stop] = pl.Series(packed[start:stop]).sort().to_numpy()
+    return packed
 
 
 def strength_ranks(

@@ -1,6 +1,6 @@
 """How a table is declared, and what it takes to be one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,9 +47,37 @@ class Table:
         except pl.exceptions.InvalidOperationError as error:
             raise ValueError(f"table {self.name}: {error}") from error
         constant = () if layer is None else ("coder", "hookpoint")
-        frame = frame.sort([name for name in self.key if name not in constant], nulls_last=True)
+        key = [name for name in self.key if name not in constant]
+        if _ascends(frame, key):  # what is made in order is not sorted again
+            return frame
+        frame = frame.sort(key, nulls_last=True)
         as_before = [pl.col(name).eq_missing(pl.col(name).shift(1)) for name in self.key]
         repeated = frame.select(pl.all_horizontal(as_before).slice(1).sum()).item()
         if repeated:
             raise ValueError(f"table {self.name}: {repeated} rows repeat a key {self.key}.")
         return frame
+
+    def is_in_order(self, frame: pl.DataFrame) -> bool:
+        """Whether the rows of a frame with the key's columns are sorted by it, and none repeats.
+
+        Nulls come last.
+        """
+        return _ascends(frame, self.key)
+
+
+def _ascends(frame: pl.DataFrame, key: Sequence[str]) -> bool:
+    """Whether each row comes after the one before it, by the first of the columns that differs."""
+    if frame.height < 2:
+        return True
+    tied = pl.repeat(True, frame.height - 1, dtype=pl.Boolean, eager=True)
+    for name in key:
+        column = frame.get_column(name)
+        last, here = column.head(-1), column.slice(1)
+        same = here.eq_missing(last)
+        rows = (tied & ~same).arg_true()  # few but for the last columns of a key
+        last, here = last.gather(rows), here.gather(rows)
+        is_after = (here > last) | (here.is_null() & last.is_not_null())
+        if not is_after.fill_null(False).all():
+            return False
+        tied &= same
+    return not tied.any()

@@ -115,8 +115,8 @@ LATENTS = Table(
         "n_train": pl.UInt32,  # activating windows there are in the split, before sampling
         "n_select": pl.UInt32,
         "n_test": pl.UInt32,
-        "n_near_duplicates": pl.UInt32,  # dropped from select and test
-        "n_negative_train": pl.UInt32,  # non-activating windows sampled
+        "n_near_duplicates": pl.UInt32,  # activating and non-activating windows dropped
+        "n_negative_train": pl.UInt32,  # non-activating windows sampled; of two kinds: twice
         "n_negative_select": pl.UInt32,
         "n_negative_test": pl.UInt32,
         "top_tokens": pl.List(pl.UInt32),  # by summed activation over train, at most 8, descending

@@ -11,11 +11,13 @@ negative:
 4. variant ``active`` (if asked for): each activating window is shown twice, in different prompts,
    once marked truly and once with as many marks on tokens where the latent is silent. Two windows
    exchange their marks for that, so true and false marks stand at the same positions as often.
+   Peaks of centred windows all stand at one place, where hardly any two can: a study refuses it.
 
 A window of kind 2 or 3 in which its rule finds nothing to mark is treated as in 1. Marks of these
 two kinds stand where another latent fires, or the token is, and so may differ from true marks in
 position and number: that is what the judge has to see through, but a judge that knows the usual
-number of marks has a clue. Read their slices apart.
+number of marks has a clue. Read their slices apart. With ``sampling.window_mode: centred`` the
+clue is plain: true marks stand at three quarters of the window, these marks anywhere.
 
 Source:
     arXiv 2410.13928, section 3.2. There, all false marks stand at the same positions.

@@ -113,18 +113,23 @@ def block_encoder(
     def above(x: Float[Tensor, "token d_in"]) -> tuple[Tensor, Tensor]:
         found = pre_activations(x)
         floor = 0.0 if rule.threshold is None else rule.threshold
-        return found, found > floor
+        return found, ~(found <= floor)  # NaN, too: infinities of both signs
 
     run = torch.compile(above if rule.k is None else largest) if compiled else None
 
     def encode_largest(x: Float[Tensor, "token d_in"]) -> SparseActivations:
         values, latents = (run or largest)(x)
-        token, slot = torch.nonzero(values > 0, as_tuple=True)
-        return SparseActivations(token, latents[token, slot], values[token, slot])
+        token, slot = torch.nonzero(~(values <= 0), as_tuple=True)
+        return SparseActivations(token, latents[token, slot], _never_nan(values[token, slot]))
 
     def encode_above(x: Float[Tensor, "token d_in"]) -> SparseActivations:
         values, fires = (run or above)(x)
         token, latent = torch.nonzero(fires, as_tuple=True)
-        return SparseActivations(token, latent, values[token, latent].float())
+        return SparseActivations(token, latent, _never_nan(values[token, latent].float()))
 
     return encode_above if rule.k is None else encode_largest
+
+
+def _never_nan(values: Float32[Tensor, " nnz"]) -> Float32[Tensor, " nnz"]:
+    """A sum that overflowed counts as infinite, as on a CPU, and is refused where it is kept."""
+    return values.masked_fill(values.isnan(), torch.inf)

@@ -22,6 +22,8 @@ _MIN_WORTH = 1 << 20
 """Weights of an encoder from which bfloat16 pays."""
 _MAX_CANDIDATES = 1 / 32
 """Share of the latents; a row with more goes to the next screen."""
+_MAX_PAIRS = 1 << 19
+"""Candidates of a block of tokens, about: each takes some 100 bytes while it is looked at."""
 _HALF = np.uint64(32)
 _NOTHING = np.iinfo(np.uint64).max
 
@@ -30,6 +32,17 @@ class _Found(NamedTuple):
     token: Int64[np.ndarray, " nnz"]
     latent: Int64[np.ndarray, " nnz"]
     value: Float32[np.ndarray, " nnz"]
+
+
+class _Look(NamedTuple):
+    """One way to look for what may fire; tokens that it cannot judge go to the next."""
+
+    dtype: torch.dtype | None
+    """Of the scores; null: no scores, all latents are computed."""
+    n_tokens: int
+    """At once, at most."""
+    most: int | None
+    """Candidates of a token above which it is not judged; null: any number."""
 
 
 def has_fast_bfloat16() -> bool:
@@ -62,49 +75,53 @@ class HostEncoder:
         if screen == "auto":
             pays = linear.weight.numel() >= _MIN_WORTH and has_fast_bfloat16()
             screen = "bfloat16" if pays else "float32"
-        self._dtypes = [torch.float32] if screen == "float32" else [torch.bfloat16, torch.float32]
+        self._screen, self._is_rounded = screen, screen == "bfloat16"
         self._block_elements = block_elements or _BLOCK_ELEMENTS
         self._screens: dict[torch.dtype, Screen] = {}
 
     def describe(self) -> dict[str, object]:
         """How it computes, none of which changes what is found."""
-        screen = str(self._dtypes[0]).removeprefix("torch.")
-        return {"screen": screen, "block_elements": self._block_elements}
+        return {"screen": self._screen, "block_elements": self._block_elements}
 
     def encode(self, x: Float[Tensor, "token d_in"]) -> SparseActivations:
         """What fires on each token; a token that no screen can judge is computed in full."""
         found = [_Found(*(np.empty(0, kind) for kind in (np.int64, np.int64, np.float32)))]
         left = np.arange(len(x))
-        for dtype in (*self._dtypes, None):
+        for look in self._looks():
             undecided = [left[:0]]
-            for tokens in self._blocks(left, dtype):
+            for start in range(0, left.size, look.n_tokens):
+                tokens = left[start : start + look.n_tokens]
                 rows = x[torch.from_numpy(tokens)].float() - self._linear.centre
-                screened = self._screened(rows, dtype)
+                screened = self._screened(rows, look)
                 found.append(self._fires(rows, tokens, screened.candidates))
                 undecided.append(tokens[screened.undecided])
             left = np.concatenate(undecided)
         return _by_token(found)
 
-    def _blocks(
-        self, tokens: Int64[np.ndarray, " token"], dtype: torch.dtype | None
-    ) -> list[Int64[np.ndarray, " _"]]:
-        """Blocks of tokens; of one token where all of its latents are computed."""
-        size = 1
-        if dtype is not None:
-            size = max(_TOKEN_BLOCK, self._block_elements // len(self._linear.weight))
-        return [tokens[i : i + size] for i in range(0, tokens.size, size)]
+    def _looks(self) -> list[_Look]:
+        """From cheap to sure: the last but one takes few tokens at once, the last a single one."""
+        num_latents, at_least = len(self._linear.weight), 8 * (self._rule.k or 1)
+        n_tokens = max(_TOKEN_BLOCK, self._block_elements // num_latents)
+        most = max(at_least, _MAX_PAIRS // n_tokens)
+        looks = [
+            _Look(torch.float32, n_tokens, most),
+            _Look(torch.float32, max(1, _MAX_PAIRS // num_latents), None),
+            _Look(None, 1, None),
+        ]
+        if self._is_rounded:
+            few = max(at_least, int(_MAX_CANDIDATES * num_latents))
+            looks.insert(0, _Look(torch.bfloat16, n_tokens, min(most, few)))
+        return looks
 
-    def _screened(self, rows: Float32[Tensor, "row d_in"], dtype: torch.dtype | None) -> Screened:
-        num_latents, k = len(self._linear.weight), self._rule.k or 1
+    def _screened(self, rows: Float32[Tensor, "row d_in"], look: _Look) -> Screened:
+        num_latents, dtype = len(self._linear.weight), look.dtype
         if dtype is None:
             row = np.repeat(np.arange(len(rows)), num_latents)
             return Screened(Pairs(row, np.tile(np.arange(num_latents), len(rows))), row[:0])
         if dtype not in self._screens:
             self._screens[dtype] = Screen(self._linear, self._rule.threshold, dtype)
-        latent_block = max(k, self._block_elements // max(len(rows), _TOKEN_BLOCK))
-        is_last = dtype == torch.float32
-        most = None if is_last else max(8 * k, int(_MAX_CANDIDATES * num_latents))
-        return self._screens[dtype].candidates(rows, self._rule.k, latent_block, most)
+        latent_block = max(self._rule.k or 1, self._block_elements // max(len(rows), _TOKEN_BLOCK))
+        return self._screens[dtype].candidates(rows, self._rule.k, latent_block, look.most)
 
     def _fires(
         self, rows: Float32[Tensor, "row d_in"], tokens: Int64[np.ndarray, " row"], pairs: Pairs

@@ -25,6 +25,7 @@ _LARGEST_SCORE = 2.0**126
 """Above it a sum may overflow on its way."""
 _TINY = 2.0**-100
 """More than what flushing subnormal products to zero can take off a score."""
+_SMALLEST = np.nextafter(np.float32(0), np.float32(1))
 _GROUPS = 512
 """Maxima of groups of latents in which the k-th largest score is looked for, at least."""
 
@@ -81,14 +82,21 @@ class Screen:
         weight, bias, _ = linear
         above = bias if threshold is None else bias - threshold
         self._weight, self._bias = weight.to(dtype), above.to(dtype)
-        self._has_bias = bool(above.any())
         self._dtype = dtype
-        self._norm = _largest_norm(weight)
-        self._rounding = _largest_norm(weight, self._weight) if self._is_rounded else 0.0
+        norms = _row_norms(weight)
+        self._norm = float(norms.max())
+        self._rounding = 0.0
+        if self._is_rounded:
+            self._rounding = float(_row_norms(weight, self._weight).max())
         self._bias_size = float(bias.abs().max())
         if threshold is not None:
             self._bias_size += float(threshold.max())
         self._bias_rounding = float((above - self._bias.float()).abs().max())
+        is_flushed = (above != 0) & (above.abs() < _TINY)
+        self._bias_flushing = _TINY if bool(is_flushed.any()) else 0.0
+        never_fires = torch.from_numpy(norms == 0) & (above <= 0)
+        self._bias = self._bias.masked_fill(never_fires, -torch.inf)
+        self._has_bias = bool(self._bias.any())
 
     @property
     def _is_rounded(self) -> bool:
@@ -127,10 +135,14 @@ class Screen:
                 best = _largest(bits, best, k)
                 cut = _cut(np.maximum(_as_float(best.min(axis=1)), 0.0), bound)
             cut[is_over] = np.inf  # so that memory holds no more of a row that is given up
-            row, latent = np.divmod(_at_least(bits, cut), bits.shape[1])
+            flat = _at_least(bits, cut)
+            ends = np.searchsorted(flat, np.arange(len(x) + 1) * bits.shape[1])
+            n_found += np.diff(ends)
+            if (n_found > most).any():
+                is_over |= n_found > most
+                flat = flat[np.repeat(~is_over, np.diff(ends))]
+            row, latent = np.divmod(flat, bits.shape[1])
             found.append((Pairs(row, latent + start), bits[row, latent]))
-            n_found += np.bincount(row, minlength=len(x))
-            is_over |= n_found > most
             if is_over.all():
                 break
         pairs = _joined(found, cut)
@@ -181,6 +193,8 @@ class Screen:
             relative = 1.01 * unit
             if self._has_bias:
                 relative, absolute = 2.02 * unit, absolute + 1.01 * unit * self._bias_size
+        of_bias = self._bias_rounding + self._bias_flushing
+        absolute = np.where(size > 0, absolute, of_bias)  # a score of a zero row is the bias
         is_sound = total < _LARGEST_SCORE  # false for NaN too
         return _Bound(np.where(is_sound, 1.001 * absolute, 0.0), relative, is_sound)
 
@@ -214,14 +228,14 @@ def exact(
     return (products + linear.bias[latent]).numpy()
 
 
-def _largest_norm(
+def _row_norms(
     rows: Float32[Tensor, "row d_in"], rounded: Float[Tensor, "row d_in"] | None = None
-) -> float:
-    """The largest norm of a row, or of what rounding it took off; in parts, to save memory."""
+) -> Float64[np.ndarray, " row"]:
+    """Norms of rows, or of what rounding them took off; in parts, to save memory."""
     parts = rows.split(4096)
     if rounded is not None:
         parts = (part - near.float() for part, near in zip(parts, rounded.split(4096), strict=True))
-    return max(float(_norms(part).max()) for part in parts)
+    return np.concatenate([_norms(part) for part in parts])
 
 
 def _norms(rows: Float32[Tensor, "row d_in"]) -> Float64[np.ndarray, " row"]:
@@ -241,6 +255,7 @@ def _cut(kth: Float64[np.ndarray, " row"], bound: _Bound) -> Float32[np.ndarray,
     needed = np.maximum(kth * (1 - relative) - absolute, 0.0) - absolute
     cut = np.where(needed > 0, needed / (1 + relative), needed / (1 - relative))
     lowered = np.nextafter(cut.astype(np.float32), np.float32(-np.inf))
+    lowered = np.where(absolute > 0, lowered, np.maximum(lowered, _SMALLEST))
     return np.where(is_sound, lowered, np.float32(np.inf))
 
 
@@ -274,9 +289,7 @@ def _at_least(bits: np.ndarray, cut: Float32[np.ndarray, " row"]) -> Int64[np.nd
     shift = 32 - 8 * bits.dtype.itemsize
     pattern = cut.view(np.uint32)
     is_negative = np.signbit(cut)
-    rounded = np.where(
-        is_negative, (pattern + np.uint64((1 << shift) - 1)) >> shift, pattern >> shift
-    )
+    rounded = (pattern + np.uint64((1 << shift) - 1)) >> np.uint64(shift)
     if not is_negative.any():
         return np.flatnonzero(bits >= rounded.astype(bits.dtype)[:, None])
     low = np.where(is_negative, 0, rounded).astype(unsigned)

@@ -1,6 +1,6 @@
 """The windows that contexts are cut into, their splits, and which of them nearly repeat another."""
 
-from autointerp_dagster.core.windows.grams import GRAM_LEN
+from autointerp_dagster.core.windows.grams import GRAM_LEN, gram_hashes
 from autointerp_dagster.core.windows.grid import (
     SPLITS,
     Strata,
@@ -21,6 +21,7 @@ __all__ = [
     "WindowGrid",
     "check_splits",
     "context_splits",
+    "gram_hashes",
     "near_duplicates",
     "repeating_spans",
     "window_grid",

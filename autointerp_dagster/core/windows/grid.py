@@ -66,8 +66,10 @@ class WindowGrid:
         self, context: Int64[np.ndarray, " token"], position: Int64[np.ndarray, " token"]
     ) -> Int64[np.ndarray, " token"]:
         """The window that holds each (context, position); -1 past a context's last whole one."""
-        window = self.first_window[context] + position // self.window_len
-        return np.where(window < self.first_window[context + 1], window, -1)
+        window = position // self.window_len
+        window += self.first_window[context]
+        np.copyto(window, -1, where=window >= self.first_window[1:][context])
+        return window
 
 
 def window_grid(dataset: TokenDataset, config: SamplingConfig) -> WindowGrid:
@@ -171,18 +173,24 @@ def _context_blocks(
 def check_splits(
     grid: WindowGrid, window: Int64[np.ndarray, " row"], split: Int64[np.ndarray, " row"]
 ) -> None:
-    """Verify that no document block is in two splits, whatever drew the windows.
+    """Verify that each document block is in its own split alone, whatever drew the windows.
+
+    Args:
+        grid: Knows the blocks.
+        window: Of each row, an index into the grid.
+        split: What each was drawn for, not what the grid says of it.
 
     Raises:
-        RuntimeError: If one is; a bug here, never a fault of the data.
+        RuntimeError: If one is not; a bug here, never a fault of the data.
     """
     seen = np.full(int(grid.block.max(initial=-1)) + 1, -1, dtype=np.int64)
     blocks = grid.block[window]
     seen[blocks] = split
-    wrong = np.flatnonzero(seen[blocks] != split)
+    other = np.where(seen[blocks] != split, seen[blocks], grid.split[window])
+    wrong = np.flatnonzero(other != split)
     if len(wrong):
         at = window[wrong[0]]
         raise RuntimeError(
             f"context {grid.context[at]} window at {grid.start[at]}: its document block is in "
-            f"{SPLITS[split[wrong[0]]]} and in {SPLITS[seen[blocks[wrong[0]]]]}. Report this bug."
+            f"{SPLITS[split[wrong[0]]]} and in {SPLITS[other[wrong[0]]]}. Report this bug."
         )
