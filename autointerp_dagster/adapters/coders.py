@@ -20,7 +20,7 @@ from torch import Tensor
 from autointerp_dagster.adapters.subject_models import SubjectModel
 from autointerp_dagster.core.config import SparsifyCoderConfig
 from autointerp_dagster.core.errors import CoderError
-from autointerp_dagster.core.sparse_coders import Computing, SparseCoder, TopKCoder
+from autointerp_dagster.core.sparse_coders import Computing, PlacedCoder, TopKCoder
 from autointerp_dagster.core.types import LayerKey
 
 _WEIGHTS = "sae.safetensors"
@@ -29,11 +29,17 @@ _CONFIG = "cfg.json"
 
 @dataclass(frozen=True, slots=True)
 class LoadedCoder:
-    """A coder with the name of its content."""
+    """A coder at its place, with the name of its content."""
 
-    coder: TopKCoder
+    placed: PlacedCoder
     identity: str
     """Hash over the tensors and ``cfg.json``; not over paths, so a copy is the same coder."""
+
+    @property
+    def coder(self) -> TopKCoder:
+        """The coder itself."""
+        assert isinstance(self.placed.coder, TopKCoder)
+        return self.placed.coder
 
 
 def discover_hookpoints(config: SparsifyCoderConfig) -> list[str]:
@@ -79,7 +85,7 @@ def open_coder(config: SparsifyCoderConfig, hookpoint: str) -> LoadedCoder:
         k=shape.k,
         computing=Computing(screen=config.screen, compiled=config.compiled),
     )
-    return LoadedCoder(coder, _identity(folder, _stamp(folder)))
+    return LoadedCoder(PlacedCoder(coder, hookpoint, hookpoint), _identity(folder, _stamp(folder)))
 
 
 def coder_identity(config: SparsifyCoderConfig, hookpoint: str) -> str:
@@ -112,7 +118,7 @@ def check_fits(
         CoderError: If its width is not the hookpoint's, or it has too many latents.
         ModelError: If the subject model has no such hookpoint.
     """
-    check_width(loaded.coder, subject_model, layer)
+    check_width(loaded.placed, subject_model, layer)
     num_latents = loaded.coder.num_latents
     if max_num_latents is not None and num_latents > max_num_latents:
         raise CoderError(
@@ -121,18 +127,18 @@ def check_fits(
         )
 
 
-def check_width(coder: SparseCoder, subject_model: SubjectModel, layer: LayerKey) -> None:
+def check_width(placed: PlacedCoder, subject_model: SubjectModel, layer: LayerKey) -> None:
     """Refuse a coder that was trained on vectors of another width.
 
     Raises:
         CoderError: If the widths differ.
         ModelError: If the subject model has no such hookpoint.
     """
-    width = subject_model.width_of(layer.hookpoint)
-    if coder.d_in != width:
+    width = subject_model.width_of(placed.reads)
+    if placed.coder.d_in != width:
         raise CoderError(
-            f"{layer}: the coder's d_in is {coder.d_in}, the vectors of "
-            f"{subject_model.config.source} at {layer.hookpoint!r} have width {width}. "
+            f"{layer}: the coder's d_in is {placed.coder.d_in}, the vectors of "
+            f"{subject_model.config.source} at {placed.reads!r} have width {width}. "
             "Choose the coder's own model, or another hookpoint."
         )
 

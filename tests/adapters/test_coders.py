@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -188,10 +189,14 @@ def test_a_coder_must_fit_its_hookpoint_and_the_grid(
         SubjectModelConfig(source=str(tiny_subject_model_dir), dtype="float32", device="cpu")
     )
     loaded = load(tiny_sparsify_dir)
-    check_fits(loaded, subject_model, LayerKey("sae", "layers.2"), max_num_latents=64)
+    layer = LayerKey("sae", "layers.0")
+    check_fits(loaded, subject_model, layer, max_num_latents=64)
+    wider = replace(loaded, placed=loaded.placed._replace(reads="layers.0.mlp.up_proj"))
     with pytest.raises(CoderError, match=r"d_in is 16.*'layers\.0\.mlp\.up_proj' have width 32"):
-        check_fits(loaded, subject_model, LayerKey("sae", "layers.0.mlp.up_proj"))
+        check_fits(wider, subject_model, layer)
     with pytest.raises(ModelError, match=r"'layers\.7'"):
-        check_fits(loaded, subject_model, LayerKey("sae", "layers.7"))
+        check_fits(
+            replace(loaded, placed=loaded.placed._replace(reads="layers.7")), subject_model, layer
+        )
     with pytest.raises(CoderError, match=r"64 latents.*cover 63.*Raise max_num_latents"):
         check_fits(loaded, subject_model, LayerKey("sae", "layers.0"), max_num_latents=63)

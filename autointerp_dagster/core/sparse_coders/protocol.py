@@ -50,6 +50,18 @@ class SparseCoder(Protocol):
         ...
 
 
+class PlacedCoder(NamedTuple):
+    """A sparse coder with its place in the subject model."""
+
+    coder: SparseCoder
+    reads: str
+    """Hookpoint that is encoded."""
+    writes: str
+    """Hookpoint that decoder rows are added to: ``reads`` for an autoencoder, for a transcoder the
+    output that it was trained to give.
+    """
+
+
 def rows_of(matrix: Float[Tensor, "row d_in"], wanted: Sequence[int]) -> Float32[Tensor, "_ d_in"]:
     """Some rows of a matrix in float32, in the order asked for, where the matrix is."""
     index = torch.as_tensor(wanted, dtype=torch.int64, device=matrix.device)
