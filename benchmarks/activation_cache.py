@@ -29,7 +29,7 @@ from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.adapters.subject_models import SubjectModel, open_subject_model
 from autointerp_dagster.core.activation_statistics import StatisticsBuilder
 from autointerp_dagster.core.config import SubjectModelConfig
-from autointerp_dagster.core.hooks import captured_outputs
+from autointerp_dagster.core.hooks import captured
 from autointerp_dagster.core.schemas import LATENT_STATISTICS
 from autointerp_dagster.core.sparse_coders import JumpReLUCoder, TopKCoder
 from autointerp_dagster.core.tokens import TokenDataset
@@ -181,7 +181,7 @@ def _limit_s(setup: Setup) -> float:
 
     def forward() -> None:
         for batch in tokens.split(BATCH):
-            with torch.inference_mode(), captured_outputs(setup.model.base_model, names):
+            with torch.inference_mode(), captured(setup.model.base_model, names):
                 setup.model.base_model(input_ids=batch, use_cache=False)
 
     coder = next(iter(setup.coders.values()))

@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from autointerp_dagster.adapters.subject_models import SubjectModel
 from autointerp_dagster.core.errors import ModelError
-from autointerp_dagster.core.hooks import captured_outputs, steered
+from autointerp_dagster.core.hooks import captured, steered
 from autointerp_dagster.core.interventions.directions import activations_of, directions_of
 from autointerp_dagster.core.interventions.experiment import Rises
 from autointerp_dagster.core.interventions.strength import Divergence, divergence_between
@@ -124,7 +124,7 @@ class SteeredModel:
         """Of each prompt's latent on its last token, computed anew; 0 where it does not fire."""
 
         def of(slot: _Slot) -> Sequence[Tensor]:
-            with captured_outputs(self._base, [self._hookpoint]) as outputs:
+            with captured(self._base, [self._hookpoint]) as outputs:
                 self._base(**_step(self._begun(slot.rows), self._last[slot.rows]))
             hidden = outputs[self._hookpoint][:, -1]
             return (activations_of(self._coder, hidden, self._latents[slot.rows]).float(),)

@@ -27,7 +27,7 @@ from transformers import (
 from autointerp_dagster.adapters.tokenizers import HFDetokenizer
 from autointerp_dagster.core.config import SubjectModelConfig
 from autointerp_dagster.core.errors import ModelError
-from autointerp_dagster.core.hooks import captured_outputs
+from autointerp_dagster.core.hooks import captured
 
 EMBEDDED = ("embedded:smollm2-135m-instruct", "embedded:all-minilm-l6-v2")
 """Models that install from PyPI, by the name that a study gives them."""
@@ -183,7 +183,7 @@ class SubjectModel:
         """
         base_model, n_tokens = self.base_model, 3
         tokens = torch.zeros((1, n_tokens), dtype=torch.int64, device=self.device)
-        with torch.inference_mode(), captured_outputs(base_model, [hookpoint]) as outputs:
+        with torch.inference_mode(), captured(base_model, [hookpoint]) as outputs:
             base_model(input_ids=tokens, use_cache=False)
         shape = tuple(outputs[hookpoint].shape)
         if len(shape) != 3 or shape[:2] != (1, n_tokens):

@@ -19,7 +19,7 @@ from jaxtyping import Float, Float32, Int32, Int64, UInt16, UInt32
 from torch import Tensor, nn
 
 from autointerp_dagster.core.errors import CoderError, ModelError, StudyError
-from autointerp_dagster.core.hooks import captured_outputs
+from autointerp_dagster.core.hooks import captured
 from autointerp_dagster.core.schemas import FIRING_COUNTS
 from autointerp_dagster.core.sparse_coders import SparseActivations, SparseCoder
 from autointerp_dagster.core.tokens import TokenDataset, context_batches
@@ -272,7 +272,7 @@ class _Forward:
         with torch.inference_mode():
             input_ids = torch.from_numpy(tokens).to(torch.int64)
             input_ids = input_ids.to(self._device, non_blocking=True)
-            with captured_outputs(self._base_model, self._hookpoints) as outputs:
+            with captured(self._base_model, self._hookpoints) as outputs:
                 self._base_model(input_ids=input_ids, use_cache=False)
         return outputs
 

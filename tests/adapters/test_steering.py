@@ -24,7 +24,7 @@ from autointerp_dagster.core.config import (
     SubjectModelConfig,
 )
 from autointerp_dagster.core.errors import ModelError
-from autointerp_dagster.core.hooks import captured_outputs, steered
+from autointerp_dagster.core.hooks import captured, steered
 from autointerp_dagster.core.interventions.experiment import Outcome, Writer, intervene
 from autointerp_dagster.core.interventions.prompts import prompts_of
 from autointerp_dagster.core.interventions.strength import find_strengths
@@ -260,7 +260,7 @@ def test_activations_are_those_of_whole_contexts(
     assert isinstance(coder, TopKCoder)
     for row, latent in enumerate(LATENTS):
         longer = np.append(prompts[row], [7, 8, 9])  # a causal model does not see what follows
-        with torch.inference_mode(), captured_outputs(subject.base_model, [HOOKPOINT]) as out:
+        with torch.inference_mode(), captured(subject.base_model, [HOOKPOINT]) as out:
             subject.base_model(input_ids=torch.from_numpy(longer).long()[None], use_cache=False)
         dense = coder.encode_dense(out[HOOKPOINT][0])[len(prompts[row]) - 1, latent]
         assert found[row] == pytest.approx(dense.item(), abs=1e-4)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autointerp_dagster.core.config import InterventionsConfig, SamplingConfig
-from autointerp_dagster.core.hooks import captured_outputs
+from autointerp_dagster.core.hooks import captured
 from autointerp_dagster.core.interventions import interventions_of
 from autointerp_dagster.core.interventions.directions import ablated, activations_of
 from autointerp_dagster.core.interventions.experiment import (
@@ -435,7 +435,7 @@ def test_ablation_takes_away_what_each_rows_latent_adds() -> None:
     x = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(1))
     with (
         ablated(model, "block", coder, torch.tensor([1, 4])),
-        captured_outputs(model, ["head"]) as outputs,
+        captured(model, ["head"]) as outputs,
     ):
         model(x)
     dense = coder.encode_dense(x.flatten(0, 1)).view(2, 5, 6)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
-from autointerp_dagster.core.hooks import edited_output
+from autointerp_dagster.core.hooks import edited
 from autointerp_dagster.core.sparse_coders import SparseCoder
 
 
@@ -59,5 +59,5 @@ def ablated(
         removed = found * directions.to(hidden.device)[:, None, :]
         return (hidden.float() - removed).to(hidden.dtype)
 
-    with edited_output(model, hookpoint, without):
+    with edited(model, hookpoint, without):
         yield
