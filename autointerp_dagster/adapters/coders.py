@@ -20,7 +20,7 @@ from torch import Tensor
 from autointerp_dagster.adapters.subject_models import SubjectModel
 from autointerp_dagster.core.config import SparsifyCoderConfig
 from autointerp_dagster.core.errors import CoderError
-from autointerp_dagster.core.sparse_coders import Computing, SparseCoder, TopKCoder
+from autointerp_dagster.core.sparse_coders import Computing, LinearCoder, SparseCoder, TopK
 from autointerp_dagster.core.types import LayerKey
 
 _WEIGHTS = "sae.safetensors"
@@ -31,7 +31,7 @@ _CONFIG = "cfg.json"
 class LoadedCoder:
     """A coder with the name of its content."""
 
-    coder: TopKCoder
+    coder: LinearCoder
     identity: str
     """Hash over the tensors and ``cfg.json``; not over paths, so a copy is the same coder."""
 
@@ -71,12 +71,14 @@ def open_coder(config: SparsifyCoderConfig, hookpoint: str) -> LoadedCoder:
     _refuse_transcoder_run(folder.parent / "config.json")
     tensors = _read_tensors(folder / _WEIGHTS)
     _check_tensors(folder / _WEIGHTS, tensors, shape)
-    coder = TopKCoder(
+    b_dec = tensors["b_dec"].float()
+    coder = LinearCoder(
         encoder=tensors["encoder.weight"].float(),
         bias=tensors["encoder.bias"].float(),
         decoder=tensors["W_dec"],
-        b_dec=tensors["b_dec"].float(),
-        k=shape.k,
+        b_dec=b_dec,
+        activation=TopK(shape.k),
+        centre=b_dec,
         computing=Computing(screen=config.screen, compiled=config.compiled),
     )
     return LoadedCoder(coder, _identity(folder, _stamp(folder)))
