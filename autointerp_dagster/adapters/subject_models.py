@@ -18,6 +18,7 @@ import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -108,6 +109,21 @@ class SubjectModel:
                 f"model {self.folder}: BOS is {bos_id!r}, wanted one token id or none."
             )
         return bos_id
+
+    @cached_property
+    def model_type(self) -> str:
+        """The architecture, as ``config.json`` names it, e.g. ``gemma2``; loads no weights.
+
+        Raises:
+            ModelError: If the folder has no such file, or it does not say.
+        """
+        try:
+            return AutoConfig.from_pretrained(self.folder, local_files_only=True).model_type
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"model {self.folder}: no readable config.json ({error}). Wanted it beside the "
+                "weights."
+            ) from error
 
     @property
     def device(self) -> torch.device:

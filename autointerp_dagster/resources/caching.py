@@ -14,7 +14,7 @@ from autointerp_dagster.adapters.cache import (
     cache_layers,
     default_spool_dir,
 )
-from autointerp_dagster.adapters.coders import LoadedCoder
+from autointerp_dagster.adapters.coder_files import LoadedCoder
 from autointerp_dagster.adapters.datasets import read_dataset
 from autointerp_dagster.adapters.shards import write_shard
 from autointerp_dagster.adapters.subject_models import SubjectModel

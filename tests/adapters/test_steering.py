@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 import torch
 
-from autointerp_dagster.adapters.coders import open_coder
+from autointerp_dagster.adapters.coder_files import open_coder
 from autointerp_dagster.adapters.embedded import english_documents
 from autointerp_dagster.adapters.steering import (
     SteeredModel,
@@ -19,8 +19,8 @@ from autointerp_dagster.adapters.steering import (
 )
 from autointerp_dagster.adapters.subject_models import SubjectModel, open_subject_model
 from autointerp_dagster.core.config import (
+    FileCoderConfig,
     InterventionsConfig,
-    SparsifyCoderConfig,
     SubjectModelConfig,
 )
 from autointerp_dagster.core.errors import ModelError
@@ -48,7 +48,7 @@ def subject(tiny_subject_model_dir: Path) -> SubjectModel:
 
 @pytest.fixture(scope="module")
 def coder(tiny_sparsify_dir: Path) -> SparseCoder:
-    return open_coder(SparsifyCoderConfig(path=tiny_sparsify_dir), HOOKPOINT).coder
+    return open_coder(FileCoderConfig(path=tiny_sparsify_dir), HOOKPOINT).coder
 
 
 @pytest.fixture(scope="module")
@@ -455,7 +455,7 @@ def english(smollm2: SubjectModel) -> list[np.ndarray]:
 def test_realised_divergence_is_within_a_tenth_of_its_target_or_flagged_on_the_demo_coder(
     smollm2: SubjectModel, english: list[np.ndarray]
 ) -> None:
-    coder = open_coder(SparsifyCoderConfig(path=DEMO_SAES), "layers.9").coder
+    coder = open_coder(FileCoderConfig(path=DEMO_SAES), "layers.9").coder
     latents = [10 * i for i in range(6) for _ in range(4)]
     prompts = [text[: 8 + i] for i, text in enumerate(english)]
     model = SteeredModel(smollm2, coder, "layers.9", prompts, latents, 64)

@@ -1,7 +1,7 @@
 """Every parameter of a study, once: frozen pydantic models that ``study.py`` composes."""
 
 from autointerp_dagster.core.config.base import Parameters
-from autointerp_dagster.core.config.coders import CoderConfig, SparsifyCoderConfig
+from autointerp_dagster.core.config.coders import CoderConfig, FileCoderConfig
 from autointerp_dagster.core.config.corpus import (
     CorpusConfig,
     EmbeddedCorpusConfig,
@@ -66,6 +66,7 @@ __all__ = [
     "EmbeddingConfig",
     "ExampleEmbeddingConfig",
     "ExplainerConfig",
+    "FileCoderConfig",
     "FloorsConfig",
     "FuzzingConfig",
     "InterventionConfig",
@@ -90,7 +91,6 @@ __all__ = [
     "ScorersConfig",
     "SimulationConfig",
     "SingleTokenExplainerConfig",
-    "SparsifyCoderConfig",
     "SubjectModelConfig",
     "SurprisalConfig",
     "TextFilesConfig",
