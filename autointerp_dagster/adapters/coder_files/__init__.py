@@ -10,9 +10,9 @@ from autointerp_dagster.adapters.coder_files.opening import (
     check_width,
     coder_identity,
     discover_hookpoints,
-    load_any,
     open_coder,
 )
+from autointerp_dagster.adapters.coder_files.public import load_sparse_coder
 
 __all__ = [
     "LoadedCoder",
@@ -20,6 +20,6 @@ __all__ = [
     "check_width",
     "coder_identity",
     "discover_hookpoints",
-    "load_any",
+    "load_sparse_coder",
     "open_coder",
 ]

@@ -73,7 +73,7 @@ def checked_tensors(
     faults = [f"missing tensors {missing}"] if missing else []
     faults += [f"unknown tensors {unknown}"] if unknown else []
     found = {name: tensors[name] for name in wanted.axes if name in tensors}
-    known = dict(sizes) | _sizes_in(found, wanted.axes, sizes)
+    known = _sizes_in(found, wanted.axes, sizes)
     for name, tensor in found.items():
         shape = tuple(known.get(axis, -1) for axis in wanted.axes[name])
         if tuple(tensor.shape) != shape:
@@ -111,14 +111,20 @@ def _sizes_in(
     tensors: Mapping[str, Tensor], axes: Mapping[str, Axes], known: Mapping[str, int]
 ) -> dict[str, int]:
     """Sizes of axes that only the tensors say: vectors first, as a matrix may be transposed."""
-    sizes: dict[str, int] = {}
+    sizes = dict(known)
     for name, tensor in sorted(tensors.items(), key=lambda item: (len(axes[item[0]]), item[0])):
-        if tensor.ndim != len(axes[name]):
+        shape, names = tuple(tensor.shape), axes[name]
+        if len(shape) != len(names):
             continue
-        for axis, size in zip(axes[name], tensor.shape, strict=True):
-            if axis not in known:
-                sizes.setdefault(axis, size)
+        if not _fits(shape, names, sizes) and _fits(shape[::-1], names, sizes):
+            shape = shape[::-1]
+        for axis, size in zip(names, shape, strict=True):
+            sizes.setdefault(axis, size)
     return sizes
+
+
+def _fits(shape: tuple[int, ...], names: Axes, sizes: Mapping[str, int]) -> bool:
+    return all(sizes.get(axis, size) == size for axis, size in zip(names, shape, strict=True))
 
 
 def _of_shape(name: str, tensor: Tensor, shape: Sequence[int], axes: Axes, source: str) -> str:

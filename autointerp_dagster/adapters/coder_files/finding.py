@@ -178,9 +178,10 @@ def _one(
     known = [(one, one.description.expected_l0) for one in found]
     if config.l0 is not None:
         distances = [(abs(l0 - config.l0), one) for one, l0 in known if l0 is not None]
-        distances.sort(key=lambda item: item[0])
-        if len(distances) == 1 or (distances and distances[0][0] < distances[1][0]):
-            return distances[0][1]
+        least = min((distance for distance, _ in distances), default=None)
+        found = [one for distance, one in distances if distance == least] or found
+        if len(found) == 1:
+            return found[0]
     raise _several(files, [one.name for one in found], hookpoint)
 
 
@@ -234,7 +235,7 @@ def _may_be_at(unit: Unit, wanted: set[str]) -> bool:
     """
     if unit.module is not None:
         return unit.module in {name.removesuffix(".input") for name in wanted} | wanted
-    layers = [int(n) for n in re.findall(r"(?:layer|layers|blocks|h)[._]?(\d+)", unit.name)]
+    layers = [int(n) for n in re.findall(r"(?:^|[/._-])(?:layers?|blocks|h)[._]?(\d+)", unit.name)]
     numbers = [n for name in wanted for n in _numbers(name)]
     return not layers or not numbers or any(abs(a - b) <= 1 for a in layers for b in numbers)
 

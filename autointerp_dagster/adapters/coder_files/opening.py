@@ -77,7 +77,7 @@ def open_coder(
         ModelError: If its files name a place that the subject model's family does not have.
     """
     found = find_coder(config, hookpoint, model_type)
-    coder = _built(found, config)
+    coder = build_coder(found, config)
     activation = coder.activation
     is_bounded = isinstance(activation, TopK | GroupMax)
     return LoadedCoder(
@@ -88,16 +88,6 @@ def open_coder(
         found.description.expected_l0 or (float(activation.k) if is_bounded else None),
         tuple(found.description.notes),
     )
-
-
-def load_any(config: FileCoderConfig, hookpoint: str | None, model_type: ModelType) -> LinearCoder:
-    """The coder alone, whatever its place.
-
-    Raises:
-        CoderError: As :func:`open_coder` does; without a hookpoint, if several coders lie there.
-        ModelError: If its files name a place that the model's family does not have.
-    """
-    return _built(find_coder(config, hookpoint, model_type), config)
 
 
 def coder_identity(config: FileCoderConfig, hookpoint: str, model_type: ModelType = None) -> str:
@@ -168,7 +158,12 @@ def check_width(placed: PlacedCoder, subject_model: SubjectModel, layer: LayerKe
             )
 
 
-def _built(found: Found, config: FileCoderConfig) -> LinearCoder:
+def build_coder(found: Found, config: FileCoderConfig) -> LinearCoder:
+    """The coder, from its checked tensors.
+
+    Raises:
+        CoderError: If its weights are missing, unreadable, or not as they must be.
+    """
     computing = Computing(
         screen=config.screen, compiled=config.compiled, precision=config.precision
     )
