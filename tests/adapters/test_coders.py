@@ -19,6 +19,7 @@ from autointerp_dagster.adapters.coders import (
 from autointerp_dagster.adapters.subject_models import open_subject_model
 from autointerp_dagster.core.config import SparsifyCoderConfig, SubjectModelConfig
 from autointerp_dagster.core.errors import CoderError, ModelError
+from autointerp_dagster.core.sparse_coders import TopK
 from autointerp_dagster.core.types import LayerKey
 
 HOOKPOINT = "layers.0"
@@ -59,7 +60,7 @@ def test_a_coder_encodes_as_the_formula_of_its_format_says(tiny_sparsify_dir: Pa
     values, indices = latents.topk(4, dim=-1)
     expected = torch.zeros(10, 64).scatter_(1, indices, values)
     torch.testing.assert_close(coder.encode_dense(x), expected)
-    assert (coder.num_latents, coder.d_in, coder.k) == (64, 16, 4)
+    assert (coder.num_latents, coder.d_in, coder.activation) == (64, 16, TopK(4))
     assert torch.equal(coder.decoder_rows([3]), tensors["W_dec"][3:4])
 
 
