@@ -29,7 +29,7 @@ from autointerp_dagster.core.interventions.experiment import Outcome, Writer, in
 from autointerp_dagster.core.interventions.prompts import prompts_of
 from autointerp_dagster.core.interventions.strength import find_strengths
 from autointerp_dagster.core.schemas import ACTIVATIONS
-from autointerp_dagster.core.sparse_coders import SparseCoder, TopKCoder
+from autointerp_dagster.core.sparse_coders import LinearCoder, SparseCoder, TopK
 from autointerp_dagster.core.types import LayerKey
 
 HOOKPOINT = "layers.1"
@@ -169,12 +169,12 @@ def test_the_whole_experiment_on_a_latent_is_the_same_alone_and_in_a_group(
     rng = np.random.default_rng(4)
     decoder = torch.from_numpy(rng.standard_normal((3, 16))).float()
     # All three fire everywhere, and a unit of one is longer than a unit of another.
-    coder = TopKCoder(
+    coder = LinearCoder(
         torch.zeros_like(decoder),
         torch.ones(3),
         decoder * torch.tensor([[0.5], [1], [3]]),
         torch.zeros(16),
-        k=3,
+        TopK(3),
     )
     texts = [np.append(0, rng.integers(1, 250, 15)).astype(np.int32) for _ in range(24)]
     rows = [(n, i, 7 + (n + i) % 8, 1.0 + i) for n in range(3) for i in range(24)]
@@ -257,7 +257,7 @@ def test_activations_are_those_of_whole_contexts(
     subject: SubjectModel, coder: SparseCoder, prompts: list[np.ndarray]
 ) -> None:
     found = prepared(subject, coder, prompts).activations()
-    assert isinstance(coder, TopKCoder)
+    assert isinstance(coder, LinearCoder)
     for row, latent in enumerate(LATENTS):
         longer = np.append(prompts[row], [7, 8, 9])  # a causal model does not see what follows
         with torch.inference_mode(), captured(subject.base_model, [HOOKPOINT]) as out:
@@ -374,7 +374,7 @@ def test_memory_of_a_group_is_bounded(subject: SubjectModel) -> None:
     assert text_ends(subject) == frozenset()
 
 
-def planted(subject: SubjectModel, token: int, latent: int = 5) -> TopKCoder:
+def planted(subject: SubjectModel, token: int, latent: int = 5) -> LinearCoder:
     """A coder that fires everywhere, and whose latent writes one token."""
     unembedding: Any = subject.model.get_output_embeddings()
     rows = unembedding.weight.float().detach()
@@ -388,7 +388,7 @@ def planted(subject: SubjectModel, token: int, latent: int = 5) -> TopKCoder:
     decoder[latent] = torch.nn.functional.normalize(row / gains, dim=0)
     bias = torch.zeros(latent + 1)
     bias[latent] = 1.0
-    return TopKCoder(torch.zeros_like(decoder), bias, decoder, torch.zeros(len(row)), k=1)
+    return LinearCoder(torch.zeros_like(decoder), bias, decoder, torch.zeros(len(row)), TopK(1))
 
 
 def promote(

@@ -1,7 +1,7 @@
 """Which latents fire, and how strongly, given each encoder row's product with the input."""
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float32
@@ -65,7 +65,6 @@ class Gated:
 
 
 Activation = TopK | GroupMax | Threshold | ReLU | Gated
-A = TypeVar("A", TopK, GroupMax, Threshold, ReLU, Gated)
 
 
 class Rule(NamedTuple):
@@ -147,7 +146,7 @@ def dense_activations(
             return (scale * product + magnitude_bias).relu() * (pre > 0)
 
 
-def moved(activation: A, device: torch.device) -> A:
+def moved(activation: Activation, device: torch.device) -> Activation:
     """The same, with its tensors on ``device``."""
     match activation:
         case Threshold(threshold):
