@@ -32,6 +32,7 @@ from autointerp_dagster.core.config import SubjectModelConfig
 from autointerp_dagster.core.hooks import captured
 from autointerp_dagster.core.schemas import LATENT_STATISTICS
 from autointerp_dagster.core.sparse_coders import LinearCoder, Threshold, TopK
+from autointerp_dagster.core.sparse_coders.protocol import PlacedCoder
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import Cell, LatentRange, LayerKey, silent
 from benchmarks.data import zipf_dataset
@@ -136,7 +137,8 @@ def _ours(setup: Setup) -> Ours:
     ranges = [LatentRange(start, start + STARTS.step) for start in STARTS]
     of_layer = dict.fromkeys(coders, ranges)
     store = Store(tempfile.mkdtemp(dir=folder))  # a new one, so that nothing is there already
-    with cache_layers(model, dataset, coders, of_layer, folder / "spool", silent) as cached:
+    placed = {x: PlacedCoder(coder, x.hookpoint, x.hookpoint) for x, coder in coders.items()}
+    with cache_layers(model, dataset, placed, of_layer, folder / "spool", silent) as cached:
         blobs = {
             layer: [_stored(cached, Cell(layer, of), dataset, store) for of in ranges]
             for layer in coders

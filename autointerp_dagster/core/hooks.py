@@ -13,12 +13,12 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from autointerp_dagster.core.errors import ModelError
 
@@ -67,13 +67,14 @@ def captured(model: nn.Module, hookpoints: Iterable[str]) -> Iterator[Mapping[st
     stop = _StopForwardError()
 
     def keep(name: str, hidden: Tensor) -> None:
-        found[name] = hidden.detach()
-        if len(found) == len(names):
-            raise stop
+        if name not in found:
+            found[name] = hidden.detach().clone()
+            if len(found) == len(names):
+                raise stop
 
     with ExitStack() as hooks:
         for name in names:
-            hooks.callback(_read(model, name, found, keep).remove)
+            hooks.enter_context(watched(model, name, partial(keep, name)))
         try:
             yield found
         except _StopForwardError as stopped:
@@ -85,6 +86,42 @@ def captured(model: nn.Module, hookpoints: Iterable[str]) -> Iterator[Mapping[st
             f"hookpoints {missing}: nothing captured, the modules did not run in this forward "
             "pass. Choose modules that every forward pass calls."
         )
+
+
+@contextmanager
+def watched(model: nn.Module, hookpoint: str, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """Show what stands at a hookpoint to ``see``, in every forward pass inside the ``with`` block.
+
+    Args:
+        model: Any module.
+        hookpoint: Counted from ``model``.
+        see: Is given the tensor itself, which the model may change next.
+
+    Raises:
+        ModelError: As for :func:`captured`.
+    """
+    path, side = parse_hookpoint(model, hookpoint)
+    module = model.get_submodule(path)
+    parameter = _first_parameter(module)
+    normalized = _norm_of(hookpoint, module) if side == "normalized" else None
+
+    def see_output(module: nn.Module, args: object, output: object) -> None:
+        del module, args
+        see(_tensor_of(hookpoint, output))
+
+    def see_input(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        del module
+        hidden = _tensor_of(hookpoint, args[0] if args else kwargs.get(parameter))
+        see(hidden if normalized is None else normalized(hidden))
+
+    if side == "output":
+        handle = module.register_forward_hook(see_output)
+    else:
+        handle = module.register_forward_pre_hook(see_input, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -203,32 +240,6 @@ def split_hookpoint(paths: Iterable[str], name: str) -> Hookpoint | None:
         if path != name and path in known:
             return Hookpoint(path, side)
     return None
-
-
-def _read(
-    model: nn.Module, name: str, found: Mapping[str, Tensor], keep: Callable[[str, Tensor], None]
-) -> RemovableHandle:
-    """A hook that keeps what stands at a hookpoint in its module's first call."""
-    path, side = parse_hookpoint(model, name)
-    module = model.get_submodule(path)
-
-    def read_output(module: nn.Module, args: object, output: object) -> None:
-        del module, args
-        if name not in found:
-            keep(name, _tensor_of(name, output).clone())
-
-    if side == "output":
-        return module.register_forward_hook(read_output)
-    parameter = _first_parameter(module)
-    normalized = _norm_of(name, module) if side == "normalized" else None
-
-    def read_input(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        del module
-        if name not in found:
-            hidden = _tensor_of(name, args[0] if args else kwargs.get(parameter))
-            keep(name, hidden.clone() if normalized is None else normalized(hidden))
-
-    return module.register_forward_pre_hook(read_input, with_kwargs=True)
 
 
 def _first_parameter(module: nn.Module) -> str:

@@ -77,7 +77,7 @@ def dataset_of(model: SubjectModel, n_documents: int = 9) -> TokenDataset:
 
 def coders_in(folder: Path) -> dict[LayerKey, object]:
     config = FileCoderConfig(path=folder)
-    return {layer: open_coder(config, layer.hookpoint).coder for layer in (LAYER, OTHER)}
+    return {layer: open_coder(config, layer.hookpoint).placed for layer in (LAYER, OTHER)}
 
 
 def identity_of(*layers: LayerKey, **more: object) -> PassIdentity:
