@@ -14,7 +14,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
 from autointerp_dagster.core.activations import FiringCounts, chunks_of
-from autointerp_dagster.core.sparse_coders import TopKCoder
+from autointerp_dagster.core.sparse_coders import Computing, LinearCoder, TopK
+from autointerp_dagster.core.sparse_coders.protocol import PlacedCoder
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import LayerKey
 from benchmarks.data import zipf_dataset
@@ -84,7 +85,7 @@ def measure(shape: Shape, device: torch.device) -> Measured:
 
 def _cache(
     model: nn.Module,
-    coder: TopKCoder,
+    coder: LinearCoder,
     dataset: TokenDataset,
     shape: Shape,
     device: torch.device,
@@ -92,7 +93,8 @@ def _cache(
 ) -> None:
     layer = LayerKey("sae", f"layers.{shape.hooked}")
     counts = FiringCounts(shape.num_latents)
-    chunks = chunks_of(model, dataset, {layer: coder}, shape.batch_size, device)
+    placed = {layer: PlacedCoder(coder, layer.hookpoint, layer.hookpoint)}
+    chunks = chunks_of(model, dataset, placed, shape.batch_size, device)
     for number, chunk in enumerate(chunks, start=1):
         counts.add(chunk.nonzeros[layer])
         if number == max_chunks:
@@ -128,15 +130,16 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _coder(shape: Shape, device: torch.device) -> TopKCoder:
+def _coder(shape: Shape, device: torch.device) -> LinearCoder:
     generator = torch.Generator().manual_seed(0)
     encoder = torch.randn(shape.num_latents, shape.d_in, generator=generator) / shape.d_in**0.5
-    coder = TopKCoder(
-        encoder=encoder.to(torch.bfloat16),
+    coder = LinearCoder(
+        encoder=encoder,
         bias=torch.zeros(shape.num_latents),
         decoder=encoder,
         b_dec=torch.zeros(shape.d_in),
-        k=shape.k,
+        activation=TopK(shape.k),
+        computing=Computing(precision="bfloat16"),
     )
     return coder.to(device)
 

@@ -1,5 +1,6 @@
 """The cache holds exactly what a plain loop with dense encoding finds."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,16 +14,26 @@ from autointerp_dagster.core.activations import (
     Chunk,
     FiringCounts,
     Nonzeros,
-    chunks_of,
     nonzeros_of,
 )
 from autointerp_dagster.core.config import TokenConfig
 from autointerp_dagster.core.errors import CoderError, ModelError, StudyError
-from autointerp_dagster.core.sparse_coders import SparseActivations, TopKCoder
+from autointerp_dagster.core.sparse_coders import LinearCoder, SparseActivations, TopK
+from autointerp_dagster.core.sparse_coders.protocol import PlacedCoder, SparseCoder
 from autointerp_dagster.core.tokens import Document, TokenDataset, build_token_dataset
 from autointerp_dagster.core.types import LatentRange, LayerKey
 
 CPU = torch.device("cpu")
+
+
+def chunks_of(
+    model: nn.Module, dataset: TokenDataset, coders: Mapping[LayerKey, SparseCoder], *how, **more
+) -> Iterator[Chunk]:
+    """With each coder at the hookpoint that its layer names."""
+    placed = {x: PlacedCoder(coder, x.hookpoint, x.hookpoint) for x, coder in coders.items()}
+    return activations.chunks_of(model, dataset, placed, *how, **more)
+
+
 D_IN, VOCAB = 6, 128
 
 
@@ -52,14 +63,14 @@ class TinyModel(nn.Module):
         return x
 
 
-def coder_of(seed: int, num_latents: int = 20, k: int = 4) -> TopKCoder:
+def coder_of(seed: int, num_latents: int = 20, k: int = 4) -> LinearCoder:
     generator = torch.Generator().manual_seed(seed)
-    return TopKCoder(
+    return LinearCoder(
         encoder=torch.randn(num_latents, D_IN, generator=generator),
         bias=torch.zeros(num_latents),
         decoder=torch.zeros(num_latents, D_IN),
         b_dec=torch.zeros(D_IN),
-        k=k,
+        activation=TopK(k),
     )
 
 
@@ -78,7 +89,7 @@ def dataset_of(bos_id: int | None = 0) -> TokenDataset:
 
 
 def run(
-    dataset: TokenDataset, coders: dict[LayerKey, TopKCoder] = CODERS, batch_size: int = 3
+    dataset: TokenDataset, coders: dict[LayerKey, LinearCoder] = CODERS, batch_size: int = 3
 ) -> list[Chunk]:
     return list(chunks_of(TinyModel(), dataset, coders, batch_size, CPU))
 
@@ -242,12 +253,12 @@ def test_an_unknown_token_is_an_error_before_the_first_forward_pass() -> None:
 def test_an_activation_beyond_bfloat16_is_an_error_that_names_layer_latent_and_context() -> None:
     # float32 ends a little above bfloat16: the largest value of float32 rounds to infinity.
     largest = torch.finfo(torch.float32).max
-    coder = TopKCoder(
+    coder = LinearCoder(
         encoder=torch.tensor([[0.0, 0.0], [1.0, 0.0]]),
         bias=torch.zeros(2),
         decoder=torch.zeros(2, 2),
         b_dec=torch.zeros(2),
-        k=1,
+        activation=TopK(1),
     )
     hidden = torch.tensor([[[1.0, 0.0]], [[largest, 0.0]]])
     with pytest.raises(ModelError, match=r"sae@layers\.0, latent 1, context 9: .*bfloat16"):
@@ -255,7 +266,7 @@ def test_an_activation_beyond_bfloat16_is_an_error_that_names_layer_latent_and_c
 
 
 def test_an_activation_below_bfloat16_does_not_fire() -> None:
-    coder = replace(CODERS[A], encoder=torch.full((20, D_IN), 1e-42), k=1)
+    coder = replace(CODERS[A], encoder=torch.full((20, D_IN), 1e-42), activation=TopK(1))
     hidden = torch.ones(1, 1, D_IN)
     assert coder.encode(hidden[0]).value.tolist() == [pytest.approx(6e-42, rel=0.1)]
     assert nonzeros_of(coder, hidden, np.array([0]), 0).latent.size == 0
@@ -294,7 +305,7 @@ def test_a_run_that_goes_on_gives_the_chunks_that_were_left() -> None:
 class EncodeSpy:
     """A coder that notes how many tokens it was given at once."""
 
-    coder: TopKCoder
+    coder: LinearCoder
     sizes: list[int]
 
     @property
@@ -308,6 +319,19 @@ class EncodeSpy:
     def encode(self, x: Tensor) -> SparseActivations:
         self.sizes.append(len(x))
         return self.coder.encode(x)
+
+    @property
+    def d_out(self) -> int:
+        return self.coder.d_out
+
+    def encode_dense(self, x: Tensor) -> Tensor:
+        return self.coder.encode_dense(x)
+
+    def decode(self, found: SparseActivations, x: Tensor) -> Tensor:
+        return self.coder.decode(found, x)
+
+    def describe(self) -> dict[str, object]:
+        return self.coder.describe()
 
     def encoder_rows(self, latents: list[int]) -> Tensor:
         return self.coder.encoder_rows(latents)
@@ -378,6 +402,60 @@ def test_lack_of_memory_halves_the_batch_and_leaves_the_chunks_as_they_are() -> 
     assert max(model.sizes[1:]) == 2
     assert {chunk.batch_size for chunk in found} == {2}
     assert {chunk.batch_size for chunk in whole} == {5}
+
+
+class Widening(nn.Module):
+    """A layer with an MLP that is wider inside, so that vectors of two widths stand in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.norm = nn.LayerNorm(D_IN)
+        self.up, self.down = nn.Linear(D_IN, 11, bias=False), nn.Linear(11, D_IN, bias=False)
+        self.norm.weight.data.normal_(generator=generator)
+        self.up.weight.data.normal_(generator=generator)
+        self.down.weight.data.normal_(generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+def test_coders_of_different_widths_read_different_sides_in_one_pass() -> None:
+    """Defect 15: one ``transcode`` flag and one width for all hookpoints."""
+    dataset, model = dataset_of(), TinyModel()
+    model.layers[1] = Widening()
+    layer = model.layers[1]
+    generator = torch.Generator().manual_seed(6)
+    wide = TopKCoder(
+        torch.randn(30, 11, generator=generator), torch.zeros(30), torch.zeros(30, 11),
+        torch.zeros(11), k=5,
+    )  # fmt: skip
+    reads = {
+        "layers.1": coder_of(1),
+        "layers.1.input": coder_of(2, num_latents=33),
+        "layers.1.norm.normalized": coder_of(3, k=2),
+        "layers.1.down.input": wide,
+        "layers.1.down": coder_of(4, num_latents=9, k=9),
+    }
+    coders = {
+        LayerKey(f"c{i}", "layers.1"): PlacedCoder(coder, name, "layers.1")
+        for i, (name, coder) in enumerate(reads.items())
+    }
+    found = list(activations.chunks_of(model, dataset, coders, 3, CPU))
+    for context in range(dataset.contexts.height):
+        tokens = torch.from_numpy(dataset.context_tokens(context)).long()
+        with torch.inference_mode():
+            x = model.layers[0](model.embed(tokens[None]))[0]
+            normalized = nn.functional.layer_norm(x, (D_IN,))
+            hidden = torch.tanh(layer.up(layer.norm(x)))
+            by_hand = [layer(x), x, normalized, hidden, layer.down(hidden)]
+        for (key, placed), vectors in zip(coders.items(), by_hand, strict=True):
+            dense = placed.coder.encode_dense(vectors[1:]).T  # latent, position; without BOS
+            rows = frame_of(found, key).filter(pl.col("context") == context)
+            at = rows["latent"].to_numpy(), rows["position"].to_numpy() - 1
+            sparse = torch.zeros_like(dense)
+            sparse[at] = torch.tensor(rows["activation"].to_list())
+            assert torch.allclose(sparse, dense, rtol=2**-7, atol=1e-5), placed.reads
 
 
 def test_no_memory_for_one_context_is_an_error() -> None:
