@@ -151,7 +151,8 @@ class Screen:
             most: Candidates of a row above which it is left undecided; null: any number.
         """
         rounded = x.to(self._dtype)
-        bound = self._bound(x, rounded)
+        with np.errstate(over="ignore", invalid="ignore"):  # such rows are not judged
+            bound = self._bound(x, rounded)
         most = self.num_latents if most is None else most
         tally = _Tally(self._loud.size, ~bound.is_sound, most)
         found = [self._always(len(x))] if self._loud.size else []
