@@ -89,6 +89,7 @@ _REFUSED = {
     r"attn\.hook_(pattern|attn_scores|rot_q|rot_k|result)": _INSIDE_ATTENTION,
     r"(\w+\.)?hook_scale": "it is one number per token, no vector. Use hook_normalized beside it.",
     r"hook_(attn_in|[qkv]_input)": _PER_HEAD,
+    "hook_pos_embed": "it is the same in every context. Use blocks.0.hook_resid_pre.",
 }
 """By pattern of the site; for every family."""
 _PARALLEL = (
@@ -111,8 +112,6 @@ class _Family:
     layers: str = "layers"
     embedding: str = "embed_tokens"
     final_norm: str = "norm"
-    others: Mapping[str, str] | None = None
-    """Sites of no layer, beside embedding and final norm."""
     refused: Mapping[str, str] | None = None
     """Reasons, by pattern of the site, beside those for every family."""
 
@@ -124,7 +123,6 @@ _FAMILIES = {
         layers="h",
         embedding="wte",
         final_norm="ln_f",
-        others={"hook_pos_embed": "wpe"},
         refused={r"attn\.hook_[qkv]": _JOINT.format(joint="h.{layer}.attn.c_attn")},
     ),
     "gpt_neox": _Family(
@@ -173,7 +171,6 @@ def translate(name: str, model_type: str) -> str:
     top = {
         "hook_embed": family.embedding,
         "ln_final.hook_normalized": f"{family.final_norm}.normalized",
-        **(family.others or {}),
     }
     if layer is None and what in top:
         return f"{family.text}{top[what]}"

@@ -49,8 +49,10 @@ _CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         vocab_size=VOCAB, n_embd=D_MODEL, n_inner=D_MLP, n_layer=N_LAYERS, n_head=4,
         n_positions=64, bos_token_id=1, eos_token_id=2,
     ),
-    "gpt_neox": lambda: GPTNeoXConfig(**_SIZES),
-    "gpt_neox_serial": lambda: GPTNeoXConfig(**_SIZES, use_parallel_residual=False),
+    "gpt_neox": lambda: GPTNeoXConfig(**_SIZES, rotary_pct=0.5),
+    "gpt_neox_serial": lambda: GPTNeoXConfig(
+        **_SIZES, rotary_pct=0.5, use_parallel_residual=False
+    ),
     "llama": lambda: LlamaConfig(**_GROUPED),
     "mistral": lambda: MistralConfig(**_GROUPED, sliding_window=4),
     "qwen2": lambda: Qwen2Config(**_GROUPED),

@@ -84,7 +84,7 @@ def test_without_parallel_residual_the_name_in_the_refusal_is_the_middle() -> No
 def test_the_stream_begins_with_the_embedding(family: str) -> None:
     embedding, pre = found_at(family, "hook_embed", "blocks.0.hook_resid_pre")
     if family == "gpt2":
-        embedding = embedding + found_at(family, "hook_pos_embed")[0]
+        embedding = embedding + tiny_model(family).base_model.get_submodule("wpe")(torch.arange(7))
     assert torch.equal(embedding, pre)
 
 
@@ -291,7 +291,7 @@ def test_paths_are_counted_from_the_base_model(name: str, model_type: str, wante
         ("blocks.5.hook_resid_pots", "llama", r"Nearest: hook_resid_post"),
         ("hook_resid_post", "llama", "no such site"),
         ("blocks.5.hook_embed", "llama", "no such site. Nearest: hook_embed"),
-        ("hook_pos_embed", "llama", "no such site"),
+        ("hook_pos_embed", "gpt2", r"same in every context. Use blocks\.0\.hook_resid_pre"),
         ("blocks.5.mlp.hook_pre_linear", "gpt2", "no such site"),
     ],
 )
