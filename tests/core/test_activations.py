@@ -426,9 +426,9 @@ def test_coders_of_different_widths_read_different_sides_in_one_pass() -> None:
     model.layers[1] = Widening()
     layer = model.layers[1]
     generator = torch.Generator().manual_seed(6)
-    wide = TopKCoder(
+    wide = LinearCoder(
         torch.randn(30, 11, generator=generator), torch.zeros(30), torch.zeros(30, 11),
-        torch.zeros(11), k=5,
+        torch.zeros(11), TopK(5),
     )  # fmt: skip
     reads = {
         "layers.1": coder_of(1),
