@@ -128,9 +128,7 @@ def _choose(
     wanted = np.array([config.n_train, config.n_select, config.n_test])[pool.split]
     strength = pool.strength(keys, grid) if config.strategy in BY_STRENGTH else None
     group = pool.latent * len(SPLITS) + pool.split
-    ranks = draw_ranks(
-        config.strategy, group, pool.quantile, strength, pool.priority, wanted
-    )
+    ranks = draw_ranks(config.strategy, group, pool.quantile, strength, pool.priority, wanted)
     chosen = np.flatnonzero(ranks >= 0)
     return pool.at(chosen), ranks[chosen]
 
