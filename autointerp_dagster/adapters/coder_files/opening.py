@@ -45,6 +45,17 @@ class LoadedCoder:
     """Warnings for whoever uses it."""
 
     @property
+    def record(self) -> dict[str, object]:
+        """What was found, to be recorded with what the coder gave."""
+        return {
+            "about": self.about,
+            "reads": self.reads,
+            "writes": self.writes,
+            "expected_l0": self.expected_l0,
+            "notes": list(self.notes),
+        }
+
+    @property
     def coder(self) -> SparseCoder:
         """The coder itself; its tensors are on the CPU."""
         return self.placed.coder
