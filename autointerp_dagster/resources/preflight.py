@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 import dagster as dg
 
-from autointerp_dagster.adapters.coders import check_fits
+from autointerp_dagster.adapters.coder_files import check_fits
 from autointerp_dagster.adapters.llm import open_backend
 from autointerp_dagster.core.config import LLMConfig
 from autointerp_dagster.core.errors import LLMError, StudyError

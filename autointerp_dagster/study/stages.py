@@ -275,7 +275,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "study_metrics",
             "study",
-            "4",
+            "5",
             (
                 "sparse_coders",
                 "activation_cache",
@@ -284,7 +284,7 @@ STAGES: dict[str, Stage] = {
                 "layer_metrics",
             ),
             kinds=("polars", "parquet"),
-            description="Own against floor, explainers, scorers, layers compared; and the cost.",
+            description="Own against floor; explainers, scorers, layers, coders; and the cost.",
             follows=True,
         ),
     )

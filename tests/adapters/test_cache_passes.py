@@ -17,6 +17,7 @@ from cache_pass import (
     StoppedError,
     StopsAfter,
     identity_of,
+    subject_model_at,
 )
 
 from autointerp_dagster.adapters.cache import CachedLayers, SpoolSettings, cache_layers
@@ -56,7 +57,7 @@ def test_the_cache_equals_a_plain_loop_with_dense_encoding(make):
         with torch.no_grad():
             states = work.model.model(input_ids=ids, output_hidden_states=True).hidden_states
         for layer, hidden in ((LAYER, states[1]), (OTHER, states[2])):
-            dense = work.coders[layer].encode_dense(hidden[0]).to(torch.bfloat16)
+            dense = work.coders[layer].coder.encode_dense(hidden[0]).to(torch.bfloat16)
             for position in range(1, ids.shape[1]):
                 for latent in torch.nonzero(dense[position] > 0)[:, 0].tolist():
                     value = float(dense[position, latent])
@@ -75,7 +76,7 @@ def assert_same(a: pl.DataFrame, b: pl.DataFrame) -> None:
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_batch_size_and_order_of_layers_change_nothing(make, batch_size):
     work, other = make("a"), make("b")
-    other.model.config = other.model.config.model_copy(update={"batch_size": batch_size})
+    other.model = subject_model_at(other.model.folder, batch_size)
     with work.caching() as one, other.caching((OTHER, LAYER)) as two:
         for a, b in zip(rows(one), rows(two), strict=True):
             assert_same(a, b)
@@ -291,6 +292,28 @@ def test_a_spool_shorter_than_its_checkpoint_says_is_not_used(make, caplog):
     assert work.blobs() == plain.blobs()
 
 
+def no_room(module: torch.nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> None:
+    if len(kwargs["input_ids"]) > 1:
+        raise torch.OutOfMemoryError("no room")
+
+
+def test_a_batch_halved_for_lack_of_memory_is_recorded_also_when_the_pass_goes_on(make):
+    work = make()
+    with work.caching(identity=identity_of(LAYER, OTHER, plain=True)) as cached:
+        assert cached.execution(LAYER)["batch_size"] == 3
+        plain = rows(cached)
+    handle = work.model.base_model.register_forward_pre_hook(no_room, with_kwargs=True)
+    try:
+        with pytest.raises(StoppedError):
+            work.caching(progress=StopsAfter(2))
+    finally:
+        handle.remove()
+    with work.caching() as cached:  # with room for three again
+        assert cached.resumed_at == 2
+        assert cached.execution(OTHER)["batch_size"] == 1
+        assert all(a.equals(b) for a, b in zip(rows(cached), plain, strict=True))
+
+
 def test_without_an_identity_nothing_is_left(make):
     work = make()
     coders, ranges = {LAYER: work.coders[LAYER]}, {LAYER: [WHOLE]}
@@ -307,10 +330,10 @@ def test_without_an_identity_nothing_is_left(make):
 def test_a_coder_of_another_width_and_nan_from_the_model_are_named(make):
     work = make()
     wrong = LayerKey("sae", "layers.0.mlp.up_proj")
+    there = work.coders[LAYER]._replace(reads="layers.0.mlp.up_proj")
     with pytest.raises(CoderError, match="width 32"):
         cache_layers(
-            work.model, work.dataset, {wrong: work.coders[LAYER]}, {wrong: [WHOLE]}, work.spools,
-            silent,
+            work.model, work.dataset, {wrong: there}, {wrong: [WHOLE]}, work.spools, silent,
         )  # fmt: skip
     weight = work.model.model.get_parameter("model.layers.1.mlp.down_proj.weight")
     saved = weight.detach().clone()

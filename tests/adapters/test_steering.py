@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 import torch
 
-from autointerp_dagster.adapters.coders import open_coder
+from autointerp_dagster.adapters.coder_files import open_coder
 from autointerp_dagster.adapters.embedded import english_documents
 from autointerp_dagster.adapters.steering import (
     SteeredModel,
@@ -19,17 +19,18 @@ from autointerp_dagster.adapters.steering import (
 )
 from autointerp_dagster.adapters.subject_models import SubjectModel, open_subject_model
 from autointerp_dagster.core.config import (
+    FileCoderConfig,
     InterventionsConfig,
-    SparsifyCoderConfig,
     SubjectModelConfig,
 )
 from autointerp_dagster.core.errors import ModelError
-from autointerp_dagster.core.hooks import captured_outputs, steered
+from autointerp_dagster.core.hooks import captured, steered
 from autointerp_dagster.core.interventions.experiment import Outcome, Writer, intervene
 from autointerp_dagster.core.interventions.prompts import prompts_of
 from autointerp_dagster.core.interventions.strength import find_strengths
 from autointerp_dagster.core.schemas import ACTIVATIONS
 from autointerp_dagster.core.sparse_coders import LinearCoder, SparseCoder, TopK
+from autointerp_dagster.core.sparse_coders.protocol import PlacedCoder
 from autointerp_dagster.core.types import LayerKey
 
 HOOKPOINT = "layers.1"
@@ -48,7 +49,7 @@ def subject(tiny_subject_model_dir: Path) -> SubjectModel:
 
 @pytest.fixture(scope="module")
 def coder(tiny_sparsify_dir: Path) -> SparseCoder:
-    return open_coder(SparsifyCoderConfig(path=tiny_sparsify_dir), HOOKPOINT).coder
+    return open_coder(FileCoderConfig(path=tiny_sparsify_dir), HOOKPOINT).coder
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +62,14 @@ ROWS = np.arange(len(LENGTHS))
 STRENGTHS = np.linspace(3.0, 9.0, len(LENGTHS))
 
 
+def here(coder: SparseCoder, hookpoint: str = HOOKPOINT) -> PlacedCoder:
+    return PlacedCoder(coder, hookpoint, hookpoint)
+
+
 def prepared(
     subject: SubjectModel, coder: SparseCoder, prompts: list[np.ndarray], step_rows: int = 3
 ) -> SteeredModel:
-    return SteeredModel(subject, coder, HOOKPOINT, prompts, LATENTS, PROMPT_LEN, step_rows)
+    return SteeredModel(subject, here(coder), prompts, LATENTS, PROMPT_LEN, step_rows)
 
 
 def plain_logprobs(
@@ -148,7 +153,7 @@ def everything(
     """All that can be asked about some of the prompts, by their place among all."""
     latents = [LATENTS[i] for i in chosen]
     asked = [prompts[i] for i in chosen]
-    model = SteeredModel(subject, coder, HOOKPOINT, asked, latents, PROMPT_LEN)
+    model = SteeredModel(subject, here(coder), asked, latents, PROMPT_LEN)
     rows, strengths = np.arange(len(chosen)), STRENGTHS[chosen]
     kl, reverse = model.divergence(rows, strengths)
     tokens, rises = model.rises(rows, strengths, 4)
@@ -208,7 +213,7 @@ def experiment(
     prompts = prompts_of(cache, layer, np.array(latents), config, splits)
     tokens = [texts[c][: p + 1] for c, p in prompts.select("context", "position").iter_rows()]
     asked = prompts["latent"].to_list()
-    model = SteeredModel(subject, coder, HOOKPOINT, tokens, asked, config.prompt_len)
+    model = SteeredModel(subject, here(coder), tokens, asked, config.prompt_len)
     writer = Writer(subject.detokenizer, text_ends(subject))
     return intervene(prompts, tokens, model, layer, config, writer)
 
@@ -235,7 +240,7 @@ def test_a_prompt_longer_than_the_settings_say_is_refused(
     subject: SubjectModel, coder: SparseCoder
 ) -> None:
     with pytest.raises(ModelError, match=r"prompt 0 is too long \(9 tokens\), wanted at most 8"):
-        SteeredModel(subject, coder, HOOKPOINT, [np.arange(9)], [3], 8)
+        SteeredModel(subject, here(coder), [np.arange(9)], [3], 8)
 
 
 def test_nothing_is_left_behind_by_a_try(
@@ -260,7 +265,7 @@ def test_activations_are_those_of_whole_contexts(
     assert isinstance(coder, LinearCoder)
     for row, latent in enumerate(LATENTS):
         longer = np.append(prompts[row], [7, 8, 9])  # a causal model does not see what follows
-        with torch.inference_mode(), captured_outputs(subject.base_model, [HOOKPOINT]) as out:
+        with torch.inference_mode(), captured(subject.base_model, [HOOKPOINT]) as out:
             subject.base_model(input_ids=torch.from_numpy(longer).long()[None], use_cache=False)
         dense = coder.encode_dense(out[HOOKPOINT][0])[len(prompts[row]) - 1, latent]
         assert found[row] == pytest.approx(dense.item(), abs=1e-4)
@@ -354,7 +359,7 @@ def test_generate_is_steered_at_left_padded_prompts_and_at_every_token(
 
 def test_a_prompt_of_one_token_is_refused(subject: SubjectModel, coder: SparseCoder) -> None:
     with pytest.raises(ModelError, match=r"prompt 1 is too short \(1 tokens\), wanted at least 2"):
-        SteeredModel(subject, coder, HOOKPOINT, [np.array([0, 1]), np.array([0])], [3, 4], 8)
+        SteeredModel(subject, here(coder), [np.array([0, 1]), np.array([0])], [3, 4], 8)
 
 
 def test_an_absurd_strength_gives_an_answer_or_nan_and_no_error(
@@ -404,7 +409,7 @@ def promote(
     prompts = prompts_of(cache, layer, np.array([5]), config, splits)
     tokens = [texts[c][: p + 1] for c, p in prompts.select("context", "position").iter_rows()]
     latents = prompts["latent"].to_list()
-    model = SteeredModel(subject, coder, hookpoint, tokens, latents, config.prompt_len)
+    model = SteeredModel(subject, here(coder, hookpoint), tokens, latents, config.prompt_len)
     writer = Writer(subject.detokenizer, text_ends(subject))
     return Outcome.concat(
         list(intervene(prompts, tokens, model, layer, config, writer).values()), layer
@@ -455,10 +460,10 @@ def english(smollm2: SubjectModel) -> list[np.ndarray]:
 def test_realised_divergence_is_within_a_tenth_of_its_target_or_flagged_on_the_demo_coder(
     smollm2: SubjectModel, english: list[np.ndarray]
 ) -> None:
-    coder = open_coder(SparsifyCoderConfig(path=DEMO_SAES), "layers.9").coder
+    coder = open_coder(FileCoderConfig(path=DEMO_SAES), "layers.9").coder
     latents = [10 * i for i in range(6) for _ in range(4)]
     prompts = [text[: 8 + i] for i, text in enumerate(english)]
-    model = SteeredModel(smollm2, coder, "layers.9", prompts, latents, 64)
+    model = SteeredModel(smollm2, here(coder, "layers.9"), prompts, latents, 64)
     row = np.arange(24).reshape(6, 4)
 
     def divergence_of(items: np.ndarray, strengths: np.ndarray) -> Any:

@@ -1,5 +1,6 @@
 """The cache holds exactly what a plain loop with dense encoding finds."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,16 +14,26 @@ from autointerp_dagster.core.activations import (
     Chunk,
     FiringCounts,
     Nonzeros,
-    chunks_of,
     nonzeros_of,
 )
 from autointerp_dagster.core.config import TokenConfig
 from autointerp_dagster.core.errors import CoderError, ModelError, StudyError
 from autointerp_dagster.core.sparse_coders import LinearCoder, SparseActivations, TopK
+from autointerp_dagster.core.sparse_coders.protocol import PlacedCoder, SparseCoder
 from autointerp_dagster.core.tokens import Document, TokenDataset, build_token_dataset
 from autointerp_dagster.core.types import LatentRange, LayerKey
 
 CPU = torch.device("cpu")
+
+
+def chunks_of(
+    model: nn.Module, dataset: TokenDataset, coders: Mapping[LayerKey, SparseCoder], *how, **more
+) -> Iterator[Chunk]:
+    """With each coder at the hookpoint that its layer names."""
+    placed = {x: PlacedCoder(coder, x.hookpoint, x.hookpoint) for x, coder in coders.items()}
+    return activations.chunks_of(model, dataset, placed, *how, **more)
+
+
 D_IN, VOCAB = 6, 128
 
 
@@ -391,6 +402,60 @@ def test_lack_of_memory_halves_the_batch_and_leaves_the_chunks_as_they_are() -> 
     assert max(model.sizes[1:]) == 2
     assert {chunk.batch_size for chunk in found} == {2}
     assert {chunk.batch_size for chunk in whole} == {5}
+
+
+class Widening(nn.Module):
+    """A layer with an MLP that is wider inside, so that vectors of two widths stand in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.norm = nn.LayerNorm(D_IN)
+        self.up, self.down = nn.Linear(D_IN, 11, bias=False), nn.Linear(11, D_IN, bias=False)
+        self.norm.weight.data.normal_(generator=generator)
+        self.up.weight.data.normal_(generator=generator)
+        self.down.weight.data.normal_(generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+def test_coders_of_different_widths_read_different_sides_in_one_pass() -> None:
+    """Defect 15: one ``transcode`` flag and one width for all hookpoints."""
+    dataset, model = dataset_of(), TinyModel()
+    model.layers[1] = Widening()
+    layer = model.layers[1]
+    generator = torch.Generator().manual_seed(6)
+    wide = LinearCoder(
+        torch.randn(30, 11, generator=generator), torch.zeros(30), torch.zeros(30, 11),
+        torch.zeros(11), TopK(5),
+    )  # fmt: skip
+    reads = {
+        "layers.1": coder_of(1),
+        "layers.1.input": coder_of(2, num_latents=33),
+        "layers.1.norm.normalized": coder_of(3, k=2),
+        "layers.1.down.input": wide,
+        "layers.1.down": coder_of(4, num_latents=9, k=9),
+    }
+    coders = {
+        LayerKey(f"c{i}", "layers.1"): PlacedCoder(coder, name, "layers.1")
+        for i, (name, coder) in enumerate(reads.items())
+    }
+    found = list(activations.chunks_of(model, dataset, coders, 3, CPU))
+    for context in range(dataset.contexts.height):
+        tokens = torch.from_numpy(dataset.context_tokens(context)).long()
+        with torch.inference_mode():
+            x = model.layers[0](model.embed(tokens[None]))[0]
+            normalized = nn.functional.layer_norm(x, (D_IN,))
+            hidden = torch.tanh(layer.up(layer.norm(x)))
+            by_hand = [layer(x), x, normalized, hidden, layer.down(hidden)]
+        for (key, placed), vectors in zip(coders.items(), by_hand, strict=True):
+            dense = placed.coder.encode_dense(vectors[1:]).T  # latent, position; without BOS
+            rows = frame_of(found, key).filter(pl.col("context") == context)
+            at = rows["latent"].to_numpy(), rows["position"].to_numpy() - 1
+            sparse = torch.zeros_like(dense)
+            sparse[at] = torch.tensor(rows["activation"].to_list())
+            assert torch.allclose(sparse, dense, rtol=2**-7, atol=1e-5), placed.reads
 
 
 def test_no_memory_for_one_context_is_an_error() -> None:

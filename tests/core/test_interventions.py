@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autointerp_dagster.core.config import InterventionsConfig, SamplingConfig
-from autointerp_dagster.core.hooks import captured_outputs
+from autointerp_dagster.core.errors import ModelError
+from autointerp_dagster.core.hooks import captured
 from autointerp_dagster.core.interventions import interventions_of
 from autointerp_dagster.core.interventions.directions import ablated, activations_of
 from autointerp_dagster.core.interventions.experiment import (
@@ -35,6 +36,7 @@ from autointerp_dagster.core.interventions.texts import (
 )
 from autointerp_dagster.core.schemas import ACTIVATIONS
 from autointerp_dagster.core.sparse_coders import LinearCoder, TopK
+from autointerp_dagster.core.sparse_coders.protocol import PlacedCoder
 from autointerp_dagster.core.types import LayerKey
 from autointerp_dagster.core.windows import SPLITS as SPLIT_NAMES
 from autointerp_dagster.core.windows import context_splits, window_grid
@@ -434,8 +436,8 @@ def test_ablation_takes_away_what_each_rows_latent_adds() -> None:
     coder, model = make_coder(), Residual()
     x = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(1))
     with (
-        ablated(model, "block", coder, torch.tensor([1, 4])),
-        captured_outputs(model, ["head"]) as outputs,
+        ablated(model, PlacedCoder(coder, "block", "block"), torch.tensor([1, 4])),
+        captured(model, ["head"]) as outputs,
     ):
         model(x)
     dense = coder.encode_dense(x.flatten(0, 1)).view(2, 5, 6)
@@ -446,6 +448,29 @@ def test_ablation_takes_away_what_each_rows_latent_adds() -> None:
         untouched = dense[row, :, latent] == 0
         assert torch.equal(outputs["head"][row][untouched], x[row][untouched])
     assert not model.block._forward_hooks
+
+
+def test_a_transcoders_latent_is_taken_from_where_it_writes() -> None:
+    coder, model = make_coder(), Residual()
+    x = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(1))
+    placed = PlacedCoder(coder, "block.input", "head")
+    with ablated(model, placed, torch.tensor([1, 4])):
+        found, again = model(x), model(2 * x)
+    dense = coder.encode_dense(x.flatten(0, 1)).view(2, 5, 6)
+    for row, latent in enumerate([1, 4]):
+        added = dense[row, :, latent, None] * coder.decoder[latent]
+        assert torch.allclose(found[row], x[row] - added, atol=1e-6)
+        assert torch.allclose(again[row], 2 * (x[row] - added), atol=1e-6)  # it has no bias
+
+
+def test_what_is_written_before_it_is_read_cannot_be_ablated() -> None:
+    placed = PlacedCoder(make_coder(), "head", "block")
+    model = Residual()
+    with (
+        pytest.raises(ModelError, match=r"at 'block': it runs before 'head'"),
+        ablated(model, placed, torch.tensor([1])),
+    ):
+        model(torch.ones(1, 2, 4))
 
 
 def test_the_activation_of_one_latent_per_token_is_the_dense_one() -> None:

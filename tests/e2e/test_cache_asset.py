@@ -41,8 +41,8 @@ def stop_at_the_second_cell(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> No
             bench.run(until="activation_cache")
 
 
-@pytest.mark.parametrize("change", ["coder", "dataset", "dtype"])
-def test_a_spool_of_another_coder_dataset_or_dtype_is_not_gone_on_with(
+@pytest.mark.parametrize("change", ["coder", "dataset", "dtype", "compiled"])
+def test_a_spool_of_another_coder_dataset_dtype_or_compiler_is_not_gone_on_with(
     world: Path,
     instance: dg.DagsterInstance,
     tmp_path: Path,
@@ -57,6 +57,8 @@ def test_a_spool_of_another_coder_dataset_or_dtype_is_not_gone_on_with(
         bench.overrides = {"models": {"subject": {"dtype": "bfloat16"}}}
     elif change == "dataset":
         bench.overrides = {"tokens": {"n_tokens": 8_000}}
+    elif change == "compiled":
+        bench.overrides = {"coders": {"sae": {"compiled": True}}}
     else:
         coders = shutil.copytree(world / "coders", tmp_path / "coders")
         for path in coders.glob("*/sae.safetensors"):

@@ -43,6 +43,8 @@ class Checkpoint:
     """By name; what stands behind these bytes came later."""
     counts: Mapping[LayerKey, str]
     """Name of the file with each layer's counts."""
+    batch_size: int | None = None
+    """Most contexts that ran at once in any of these chunks, at the least; null: there was none."""
 
     @classmethod
     def make(
@@ -51,6 +53,7 @@ class Checkpoint:
         n_chunks: int,
         files: Mapping[str, Written],
         tables: Iterable[tuple[LayerKey, pl.DataFrame]],
+        batch_size: int | None = None,
     ) -> Self:
         """Replaces the folder's checkpoint at once. One table at a time is in memory.
 
@@ -59,6 +62,7 @@ class Checkpoint:
             n_chunks: Chunks done, more than in the checkpoint before.
             files: What is spooled; on disk already.
             tables: ``schemas.FIRING_COUNTS`` of each whole layer.
+            batch_size: See :attr:`batch_size`.
 
         Raises:
             OSError: If it cannot be written; the one before stays.
@@ -70,7 +74,7 @@ class Checkpoint:
             counts[layer] = f"{n_chunks}-{i}.counts"
             write_whole(folder / counts[layer], data)
             written[counts[layer]] = Written(len(data), zlib.crc32(data))
-        made = cls(n_chunks, written, counts)
+        made = cls(n_chunks, written, counts, batch_size)
         made.write(folder)
         for path in folder.glob("*.counts"):
             if path.name not in written:
@@ -80,7 +84,12 @@ class Checkpoint:
     def write(self, folder: Path) -> None:
         """Replaces the folder's checkpoint at once; its files must be there."""
         counts = {str(layer): file for layer, file in self.counts.items()}
-        about = {"n_chunks": self.n_chunks, "files": dict(self.files), "counts": counts}
+        about = {
+            "n_chunks": self.n_chunks,
+            "files": dict(self.files),
+            "counts": counts,
+            "batch_size": self.batch_size,
+        }
         body = json.dumps(about).encode()
         write_whole(folder / _FILE, b"%08x\n%b" % (zlib.crc32(body), body))
 
@@ -92,7 +101,7 @@ class Checkpoint:
             about = json.loads(_checked(path.read_bytes()))
             files = {name: Written(*written) for name, written in about["files"].items()}
             counts = {LayerKey.parse(layer): file for layer, file in about["counts"].items()}
-            return cls(about["n_chunks"], files, counts)
+            return cls(about["n_chunks"], files, counts, about.get("batch_size"))
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, IndexError, TypeError) as error:
@@ -104,7 +113,7 @@ class Checkpoint:
         counts = {layer: file for layer, file in self.counts.items() if layer in layers}
         kept = {*files, *counts.values()}
         written = {name: written for name, written in self.files.items() if name in kept}
-        return Checkpoint(self.n_chunks, written, counts)
+        return Checkpoint(self.n_chunks, written, counts, self.batch_size)
 
     def table(self, folder: Path, layer: LayerKey) -> pl.DataFrame:
         """``schemas.FIRING_COUNTS`` of a whole layer.

@@ -40,21 +40,30 @@ class OpenSpool:
         """Whether every chunk is in it."""
         return self.checkpoint is not None and self.n_done == self.plan.n_chunks
 
+    @property
+    def batch_size(self) -> int | None:
+        """See :attr:`Checkpoint.batch_size`."""
+        return None if self.checkpoint is None else self.checkpoint.batch_size
+
     def firing_counts(self, layer: LayerKey) -> pl.DataFrame | None:
         """``schemas.FIRING_COUNTS`` of a layer after ``n_done`` chunks; null after none."""
         return None if self.checkpoint is None else self.checkpoint.table(self.folder.path, layer)
 
-    def advance(self, n_done: int, since: Mapping[LayerKey, FiringCounts]) -> None:
+    def advance(
+        self, n_done: int, since: Mapping[LayerKey, FiringCounts], batch_size: int | None
+    ) -> None:
         """Brings everything to disk, then says so.
 
         Args:
             n_done: Chunks that are in it now.
             since: Counts of each layer in the chunks since the last time.
+            batch_size: Most contexts that ran at once in each of these, at the least.
         """
         files = self.spool.sync()
         tables = ((k, added(self.firing_counts(k), of.table())) for k, of in since.items())
+        least = min((n for n in (self.batch_size, batch_size) if n is not None), default=None)
         try:
-            self.checkpoint = Checkpoint.make(self.folder.path, n_done, files, tables)
+            self.checkpoint = Checkpoint.make(self.folder.path, n_done, files, tables, least)
         except OSError as error:
             raise unwritable(self.folder.path, error) from error
 

@@ -18,11 +18,11 @@ from autointerp_dagster.adapters.cache.merging import BLOCK_KEYS
 from autointerp_dagster.adapters.cache.opening import OpenSpool, open_spool
 from autointerp_dagster.adapters.cache.plan import PassIdentity, PassPlan
 from autointerp_dagster.adapters.cache.spool import BUFFER_BYTES
-from autointerp_dagster.adapters.coders import check_width
+from autointerp_dagster.adapters.coder_files import check_width
 from autointerp_dagster.adapters.subject_models import SubjectModel
 from autointerp_dagster.core.activations import Chunk, FiringCounts, chunks_of
 from autointerp_dagster.core.schemas import ACTIVATIONS
-from autointerp_dagster.core.sparse_coders import SparseCoder
+from autointerp_dagster.core.sparse_coders import PlacedCoder
 from autointerp_dagster.core.tokens import TokenDataset, context_batches
 from autointerp_dagster.core.types import Cell, LatentRange, LayerKey, Progress
 
@@ -57,8 +57,14 @@ class CachedLayers:
         """Chunks that an earlier, killed pass had done; 0 if there was none."""
 
     def execution(self, layer: LayerKey) -> dict[str, object]:
-        """How a layer was computed, to be recorded: its coder, and where the pass went on."""
+        """How a layer was computed, to be recorded.
+
+        Its coder; the contexts that ran at once, also after a lack of memory had halved them; and
+        where the pass went on.
+        """
         about: dict[str, object] = {"n_chunks": self._opened.plan.n_chunks}
+        if self._opened.batch_size is not None:
+            about["batch_size"] = self._opened.batch_size
         if layer in self._engines:
             about["coder"] = self._engines[layer]
         if self.resumed_at:
@@ -121,7 +127,7 @@ class CachedLayers:
 def cache_layers(
     subject_model: SubjectModel,
     dataset: TokenDataset,
-    coders: Mapping[LayerKey, SparseCoder],
+    coders: Mapping[LayerKey, PlacedCoder],
     ranges: Mapping[LayerKey, Sequence[LatentRange]],
     spool_dir: Path,
     progress: Progress,
@@ -171,16 +177,18 @@ def cache_layers(
 def _run(
     subject_model: SubjectModel,
     dataset: TokenDataset,
-    coders: Mapping[LayerKey, SparseCoder],
+    coders: Mapping[LayerKey, PlacedCoder],
     opened: OpenSpool,
     progress: Progress,
     settings: SpoolSettings,
 ) -> dict[LayerKey, dict[str, object]]:
     """The chunks that are not done yet; gives how each coder says that it computed."""
-    for layer, coder in coders.items():
-        check_width(coder, subject_model, layer)
+    for layer, placed in coders.items():
+        check_width(placed, subject_model, layer)
     device, n_chunks = subject_model.device, opened.plan.n_chunks
-    on_device = {layer: coder.to(device) for layer, coder in coders.items()}
+    on_device = {
+        layer: placed._replace(coder=placed.coder.to(device)) for layer, placed in coders.items()
+    }
     chunks = chunks_of(
         subject_model.base_model,
         dataset,
@@ -197,13 +205,13 @@ def _run(
         unit="chunk",
     )
     _spool_chunks(shown, opened, coders, settings)
-    return {layer: getattr(coder, "describe", dict)() for layer, coder in on_device.items()}
+    return {layer: getattr(placed.coder, "describe", dict)() for layer, placed in on_device.items()}
 
 
 def _spool_chunks(
     chunks: Iterable[Chunk],
     opened: OpenSpool,
-    coders: Mapping[LayerKey, SparseCoder],
+    coders: Mapping[LayerKey, PlacedCoder],
     settings: SpoolSettings,
 ) -> None:
     counts, last = _no_counts(coders), time.monotonic()
@@ -213,11 +221,11 @@ def _spool_chunks(
             opened.spool.append(layer, nonzeros)
         is_last = n_done == opened.plan.n_chunks
         if is_last or time.monotonic() - last >= settings.checkpoint_s:
-            opened.advance(n_done, counts)
+            opened.advance(n_done, counts, chunk.batch_size)  # never grows: the least since then
             counts, last = _no_counts(coders), time.monotonic()
     if opened.checkpoint is None:  # there was no chunk
-        opened.advance(0, counts)
+        opened.advance(0, counts, None)
 
 
-def _no_counts(coders: Mapping[LayerKey, SparseCoder]) -> dict[LayerKey, FiringCounts]:
-    return {layer: FiringCounts(coder.num_latents) for layer, coder in coders.items()}
+def _no_counts(coders: Mapping[LayerKey, PlacedCoder]) -> dict[LayerKey, FiringCounts]:
+    return {layer: FiringCounts(placed.coder.num_latents) for layer, placed in coders.items()}

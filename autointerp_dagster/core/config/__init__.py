@@ -1,7 +1,7 @@
 """Every parameter of a study, once: frozen pydantic models that ``study.py`` composes."""
 
 from autointerp_dagster.core.config.base import Parameters
-from autointerp_dagster.core.config.coders import CoderConfig, SparsifyCoderConfig
+from autointerp_dagster.core.config.coders import CoderConfig, CoderFormat, FileCoderConfig
 from autointerp_dagster.core.config.corpus import (
     CorpusConfig,
     EmbeddedCorpusConfig,
@@ -57,6 +57,7 @@ __all__ = [
     "AdaptiveConfig",
     "BestOfNExplainerConfig",
     "CoderConfig",
+    "CoderFormat",
     "ContrastiveExplainerConfig",
     "CorpusConfig",
     "DefaultExplainerConfig",
@@ -66,6 +67,7 @@ __all__ = [
     "EmbeddingConfig",
     "ExampleEmbeddingConfig",
     "ExplainerConfig",
+    "FileCoderConfig",
     "FloorsConfig",
     "FuzzingConfig",
     "InterventionConfig",
@@ -90,7 +92,6 @@ __all__ = [
     "ScorersConfig",
     "SimulationConfig",
     "SingleTokenExplainerConfig",
-    "SparsifyCoderConfig",
     "SubjectModelConfig",
     "SurprisalConfig",
     "TextFilesConfig",

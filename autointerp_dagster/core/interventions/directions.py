@@ -1,7 +1,6 @@
 """Which way a latent points at the hookpoint, and how much of it is there.
 
-The one place that knows how a coder's units become the model's: a coder that scales its inputs, or
-whose decoder writes to another module than its encoder reads, is to be reckoned with here.
+The one place that knows how a coder's units become the model's.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,12 +10,13 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
-from autointerp_dagster.core.hooks import edited_output
-from autointerp_dagster.core.sparse_coders import SparseCoder
+from autointerp_dagster.core.errors import ModelError
+from autointerp_dagster.core.hooks import edited, watched
+from autointerp_dagster.core.sparse_coders import PlacedCoder, SparseCoder
 
 
-def directions_of(coder: SparseCoder, latents: Sequence[int]) -> Float32[Tensor, "latent d_in"]:
-    """What one unit of each latent adds to the hookpoint's output, in the model's units.
+def directions_of(coder: SparseCoder, latents: Sequence[int]) -> Float32[Tensor, "latent d_out"]:
+    """What one unit of each latent adds where the coder writes, in the model's units.
 
     Adding ``s`` times this is what decoding would give with the latent raised by ``s`` and the
     reconstruction error kept.
@@ -37,27 +37,35 @@ def activations_of(
 
 @contextmanager
 def ablated(
-    model: nn.Module, hookpoint: str, coder: SparseCoder, latents: Int64[Tensor, " row"]
+    model: nn.Module, placed: PlacedCoder, latents: Int64[Tensor, " row"]
 ) -> Iterator[None]:
     """Take from each row of a batch what one latent adds to it, at every position it fires at.
 
     Args:
         model: Any module; run it in the ``with`` block.
-        hookpoint: Dotted path relative to ``model``; its output is ``[row, position, d_in]``.
-        coder: On the device of the hookpoint's output.
+        placed: On the device of the hookpoint that it reads. In a forward pass that one comes no
+            later than the one it writes to; at both stands ``[row, position, width]``.
         latents: One for each row.
 
     Raises:
-        ModelError: If there is no such module, or it returns no tensor.
+        ModelError: If a hookpoint does not exist, or what is written comes before what is read.
     """
+    coder, reads, writes = placed
     directions = directions_of(coder, latents.tolist())
+    read: list[Tensor] = []
 
     def without(hidden: Tensor) -> Tensor:
-        n_rows, n_positions, _ = hidden.shape
-        repeated = latents.to(hidden.device).repeat_interleave(n_positions)
-        found = activations_of(coder, hidden.flatten(0, 1), repeated).view(n_rows, n_positions, 1)
-        removed = found * directions.to(hidden.device)[:, None, :]
-        return (hidden.float() - removed).to(hidden.dtype)
+        if not read:
+            raise ModelError(
+                f"ablation at {writes!r}: it runs before {reads!r}, where the coder reads. Choose "
+                "a coder that writes where it reads, or later."
+            )
+        x = read.pop()
+        n_rows, n_positions, _ = x.shape
+        repeated = latents.to(x.device).repeat_interleave(n_positions)
+        found = activations_of(coder, x.flatten(0, 1), repeated).view(n_rows, n_positions, 1)
+        removed = found * directions.to(found.device)[:, None, :]
+        return (hidden.float() - removed.to(hidden.device)).to(hidden.dtype)
 
-    with edited_output(model, hookpoint, without):
+    with watched(model, reads, read.append), edited(model, writes, without):
         yield
