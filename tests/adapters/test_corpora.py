@@ -169,7 +169,7 @@ def test_the_identity_follows_a_file_that_is_written_again(tmp_path: Path) -> No
     before = corpus.identity()
     assert before == corpus.identity()
     assert before != open_corpus(other_column).identity()
-    write(tmp_path, x_jsonl='{"text": "ONE", "body": "two"}')
+    write(tmp_path, x_jsonl='{"text": "once", "body": "two"}')
     assert before != corpus.identity()
 
 
@@ -184,6 +184,8 @@ def test_the_identity_follows_a_file_that_is_written_again(tmp_path: Path) -> No
         ({"a_jsonl": "[1]"}, r"line 1: got a list"),
         ({"a_jsonl": '{"text": 3}'}, r"line 1: 'text' holds a int"),
         ({"a_jsonl": "{"}, r"line 1: no JSON"),
+        ({"a_jsonl": '{"text": ' + 5000 * "1" + "}"}, r"line 1: no JSON"),
+        ({"a_jsonl": 100_000 * "["}, r"line 1: no JSON"),
         ({"a_jsonl": '{"text": "\\ud800"}'}, r"line 1: 'text' holds half a surrogate pair"),
         ({"a_jsonl": '{"text": "a"}\n' * 3 + "\xff"}, r"a\.jsonl, line 4: no JSON"),
         (

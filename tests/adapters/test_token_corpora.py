@@ -251,7 +251,7 @@ def test_floats_and_nulls_in_a_table_are_refused(tmp_path: Path) -> None:
         ({"path": "x", "repo": "me/tokens"}, "has a path or a repo"),
         ({"path": "x", "split": "test"}, "split belongs to a repo"),
         ({"repo": "me/t", "files": ["*"], "name": "en"}, "files stands instead of name and split"),
-        ({"repo": "tokens"}, "String should match pattern"),
+        ({"repo": "tokens"}, "wanted owner and name of a dataset"),
     ],
 )  # fmt: skip
 def test_a_corpus_of_tokens_is_in_one_place(config: dict[str, Any], message: str) -> None:

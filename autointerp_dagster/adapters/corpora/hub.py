@@ -43,6 +43,9 @@ from autointerp_dagster.adapters.hashing import json_hash
 from autointerp_dagster.core.config import HubFilesConfig
 from autointerp_dagster.core.errors import CorpusError
 
+_CHOOSING = 1
+"""Raised when the same card and names mean other files; what was kept is looked for anew."""
+
 BLOCK_BYTES = 4 << 20
 """Asked for at once of a file that is read by ranges."""
 
@@ -118,7 +121,7 @@ class HubFiles:
     def listed(self) -> tuple[Listed, ...]:
         """The files in order; from the cache if they were looked for before."""
         asked = self.config.model_dump(mode="json", include={"name", "split", "files"})
-        kept = self._kept(json_hash([asked, self.suffixes]))
+        kept = self._kept(json_hash([_CHOOSING, asked, self.suffixes]))
         if kept.is_file():
             return tuple(Listed(*entry) for entry in json.loads(kept.read_text(encoding="utf-8")))
         try:

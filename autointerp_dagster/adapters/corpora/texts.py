@@ -19,6 +19,9 @@ _LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
 TEXT_SUFFIXES = (".parquet", *_TEXT, *_LINES)
 """Files that hold text. ``.json`` is read as one object per line, as many datasets mean it."""
 
+_BOM = codecs.BOM_UTF8.decode("utf-8")
+_REMEDY = "Take it out of the corpus."
+
 BUFFER_BYTES = 1 << 20
 """Read at once of a file; a Parquet column is never held whole."""
 
@@ -46,9 +49,6 @@ def text_documents(file: CorpusFile, column: str) -> Iterator[Document]:
         yield document
     if n_documents == 0:
         raise CorpusError(f"{file.where}: the file is empty, wanted text. {_REMEDY}")
-
-
-_REMEDY = "Take it out of the corpus."
 
 
 def _text_document(file: CorpusFile) -> Document:
@@ -146,9 +146,6 @@ def _numbered(file: CorpusFile, number: int, text: str) -> Document:
     return Document(f"{file.name}:{number}", text, f"{stem_of(file)} {number}", source)
 
 
-_BOM = codecs.BOM_UTF8.decode("utf-8")
-
-
 def _decode(content: bytes, where: str, offset: int = 0) -> str:
     """UTF-8 text; ``offset`` is where ``content`` starts in its file."""
     try:
@@ -163,7 +160,7 @@ def _decode(content: bytes, where: str, offset: int = 0) -> str:
 def _text_of(line: str, column: str, where: str) -> str:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CorpusError(f"{where}: no JSON ({error}). Wanted one object per line.") from error
     if not isinstance(row, dict) or column not in row:
         got = f"keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"

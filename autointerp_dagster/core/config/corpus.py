@@ -1,13 +1,21 @@
 """The text, and how it becomes tokens."""
 
+import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from autointerp_dagster.core.config.base import Parameters
 
-_RepoId = Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+
+def _owner_and_name(repo: str) -> str:
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", repo) is None:
+        raise ValueError("wanted owner and name of a dataset, e.g. HuggingFaceFW/fineweb")
+    return repo
+
+
+_RepoId = Annotated[str, AfterValidator(_owner_and_name)]
 
 
 class EmbeddedCorpusConfig(Parameters, frozen=True):
