@@ -57,7 +57,7 @@ def test_a_hookpoint_that_the_model_has_not_names_the_nearest(
     shutil.copytree(copied / "coders" / "h.0", copied / "coders" / "h.7")
     message = complaint(study_of(tmp_path, copied, server, layers=["h.7"]), ModelError)
     assert "hookpoint 'h.7'" in message
-    assert "no module of this name" in message
+    assert "has no module 'h.7'" in message
     assert "Nearest: h.1, h.0" in message or "Nearest: h.0, h.1" in message
 
 
