@@ -219,3 +219,28 @@ def test_memory_is_bounded_where_every_latent_is_a_candidate(computing: Computin
     groups = replace(coder, activation=GroupMax(8))
     assert dense(groups, zeros)[:, ::2048].eq(1).all()
     assert peak_mb(groups, zeros) < 110  # sorted by group
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("k", [8, None])
+def test_a_few_loud_latents_do_not_widen_the_bound_of_the_others(
+    dtype: torch.dtype, k: int | None
+) -> None:
+    weight, x = randn(2000, 64), randn(30, 64, seed=1)
+    threshold = None if k else torch.full((2000,), 15.0)
+
+    def n_candidates(weight: Tensor, bias: Tensor) -> int:
+        screen = Screen(Linear(weight, bias), Rule(k=k, threshold=threshold), dtype)
+        return screen.candidates(x, 2000, None).candidates.row.size
+
+    usual = n_candidates(weight, torch.zeros(2000))
+    assert 30 * 8 <= usual <= 30 * 200
+    loud, bias = weight.clone(), torch.zeros(2000)
+    loud[7] *= 1e6
+    bias[9] = 1e6
+    assert n_candidates(loud, bias) <= usual + 30 * 4
+    activation = TopK(k) if k else Threshold(torch.full((2000,), 15.0))
+    computing = Computing(screen="bfloat16" if dtype == torch.bfloat16 else "float32")
+    coder = LinearCoder(loud, bias, loud, torch.zeros(64), activation, computing=computing)
+    assert torch.equal(dense(coder, x), exhaustive(coder, x))
+    assert set(coder.encode(-x).latent.tolist()) >= {7, 9}
