@@ -5,8 +5,11 @@ from autointerp_dagster.core.config.coders import CoderConfig, CoderFormat, File
 from autointerp_dagster.core.config.corpus import (
     CorpusConfig,
     EmbeddedCorpusConfig,
+    HubCorpusConfig,
+    HubFilesConfig,
     TextFilesConfig,
     TokenConfig,
+    TokensCorpusConfig,
 )
 from autointerp_dagster.core.config.explaining import (
     BestOfNExplainerConfig,
@@ -70,6 +73,8 @@ __all__ = [
     "FileCoderConfig",
     "FloorsConfig",
     "FuzzingConfig",
+    "HubCorpusConfig",
+    "HubFilesConfig",
     "InterventionConfig",
     "InterventionsConfig",
     "IntruderConfig",
@@ -96,6 +101,7 @@ __all__ = [
     "SurprisalConfig",
     "TextFilesConfig",
     "TokenConfig",
+    "TokensCorpusConfig",
     "TopTokensExplainerConfig",
     "WindowEmbeddingsConfig",
 ]
