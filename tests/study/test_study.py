@@ -81,7 +81,7 @@ def test_a_hookpoint_is_taken_for_every_coder_and_a_key_for_one(tmp_path):
         ("detection: {}", "embedding: {}", r"scorers.embedding: needs models.embedder"),
         ("range_size: 40", "range_size: 1", r"100 ranges, wanted at most 99. Use 2 or more"),
         ("models:", "models: [", r"tiny.yaml: no valid YAML"),
-        ("kind: files", "kind: web", r":4: corpus: .*'web'.*'files'"),
+        ("kind: files", "kind: disk", r":4: corpus: .*'disk'.*'files'"),
         ("sae: {path", "s/ae: {path", r"coders: name 's/ae': wanted letters, digits"),
         ("default: {kind", "de|fault: {kind", r"explainers: name 'de|fault': wanted letters"),
         ("layers.0,", "../x,", r"layers: hookpoint '\.\./x': wanted a dotted module path"),
