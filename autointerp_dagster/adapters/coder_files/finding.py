@@ -278,8 +278,8 @@ def _nothing(
     more = f" Beside these, {len(refused)} that cannot be read: {refused[0]}" if refused else ""
     known = _listed(sorted(set(there), key=natural_order))
     return CoderError(
-        f"coders {files.label}: no coder of {hookpoint!r}. There are coders of: {known}. Correct "
-        f"the study's layers, or say where it reads (reads).{more}"
+        f"coders {files.label}: no coder of {hookpoint!r}. There are coders of: {known}. "
+        f"Correct the study's layers, or say where it reads (reads).{more}"
     )
 
 
