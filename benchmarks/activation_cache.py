@@ -31,7 +31,7 @@ from autointerp_dagster.core.activation_statistics import StatisticsBuilder
 from autointerp_dagster.core.config import SubjectModelConfig
 from autointerp_dagster.core.hooks import captured
 from autointerp_dagster.core.schemas import LATENT_STATISTICS
-from autointerp_dagster.core.sparse_coders import JumpReLUCoder, TopKCoder
+from autointerp_dagster.core.sparse_coders import LinearCoder, Threshold, TopK
 from autointerp_dagster.core.sparse_coders.protocol import PlacedCoder
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import Cell, LatentRange, LayerKey, silent
@@ -87,7 +87,7 @@ class Setup(NamedTuple):
 
     model: SubjectModel
     dataset: TokenDataset
-    coders: dict[LayerKey, TopKCoder | JumpReLUCoder]
+    coders: dict[LayerKey, LinearCoder]
     folder: Path
 
 
@@ -170,10 +170,10 @@ def _plain(setup: Setup, n_contexts: int, batch_size: int) -> PlainCache:
     return cache
 
 
-def _dense(coder: TopKCoder | JumpReLUCoder) -> Encode:
-    if isinstance(coder, JumpReLUCoder):
-        return dense_jump_relu(coder.encoder, coder.bias, coder.threshold)
-    return dense_topk(coder.encoder, coder.bias, coder.b_dec, coder.k)
+def _dense(coder: LinearCoder) -> Encode:
+    if isinstance(coder.activation, Threshold):
+        return dense_jump_relu(coder.encoder, coder.bias, coder.activation.threshold)
+    return dense_topk(coder.encoder, coder.bias, coder.b_dec, K)
 
 
 def _limit_s(setup: Setup) -> float:
@@ -255,17 +255,17 @@ def _setup(case: Case, folder: Path) -> Setup:
     return Setup(model, dataset, {x: make(case.d_in, i) for i, x in enumerate(layers)}, folder)
 
 
-def _topk(d_in: int, seed: int) -> TopKCoder:
+def _topk(d_in: int, seed: int) -> LinearCoder:
     generator = torch.Generator().manual_seed(seed)
     encoder = torch.randn(NUM_LATENTS, d_in, generator=generator) / d_in**0.5
     b_dec = 0.1 * torch.randn(d_in, generator=generator)
-    return TopKCoder(encoder, torch.zeros(NUM_LATENTS), encoder, b_dec, K)
+    bias = torch.zeros(NUM_LATENTS)
+    return LinearCoder(encoder, bias, encoder, b_dec, TopK(K), centre=b_dec)
 
 
-def _jump_relu(d_in: int, seed: int) -> JumpReLUCoder:
-    coder = _topk(d_in, seed)
-    threshold = torch.full((NUM_LATENTS,), JUMP_THRESHOLD)
-    return JumpReLUCoder(coder.encoder, coder.bias, threshold, coder.decoder, coder.b_dec)
+def _jump_relu(d_in: int, seed: int) -> LinearCoder:
+    threshold = Threshold(torch.full((NUM_LATENTS,), JUMP_THRESHOLD))
+    return replace(_topk(d_in, seed), activation=threshold, centre=None)
 
 
 def _model(case: Case, folder: Path) -> SubjectModel:

@@ -28,7 +28,7 @@ from autointerp_dagster.adapters.shards import write_shard
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.core.activation_statistics import StatisticsBuilder
 from autointerp_dagster.core.schemas import CONTEXTS, DOCUMENTS
-from autointerp_dagster.core.sparse_coders import TopKCoder
+from autointerp_dagster.core.sparse_coders import LinearCoder, TopK
 from autointerp_dagster.core.sparse_coders.protocol import PlacedCoder
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import LatentRange, LayerKey, silent
@@ -85,12 +85,12 @@ def _subject() -> SimpleNamespace:
     )
 
 
-def _coder() -> TopKCoder:
+def _coder() -> LinearCoder:
     generator = torch.Generator().manual_seed(1)
     encoder = torch.randn(NUM_LATENTS, D_IN, generator=generator)
     bias = torch.zeros(NUM_LATENTS)
     bias[0] = 50.0  # fires on every token
-    return TopKCoder(encoder, bias, encoder, torch.zeros(D_IN), K)
+    return LinearCoder(encoder, bias, encoder, torch.zeros(D_IN), TopK(K))
 
 
 def _write_dataset(n_tokens: int, folder: Path) -> Manifest:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
 from autointerp_dagster.core.activations import FiringCounts, chunks_of
-from autointerp_dagster.core.sparse_coders import TopKCoder
+from autointerp_dagster.core.sparse_coders import Computing, LinearCoder, TopK
 from autointerp_dagster.core.sparse_coders.protocol import PlacedCoder
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import LayerKey
@@ -85,7 +85,7 @@ def measure(shape: Shape, device: torch.device) -> Measured:
 
 def _cache(
     model: nn.Module,
-    coder: TopKCoder,
+    coder: LinearCoder,
     dataset: TokenDataset,
     shape: Shape,
     device: torch.device,
@@ -130,15 +130,16 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _coder(shape: Shape, device: torch.device) -> TopKCoder:
+def _coder(shape: Shape, device: torch.device) -> LinearCoder:
     generator = torch.Generator().manual_seed(0)
     encoder = torch.randn(shape.num_latents, shape.d_in, generator=generator) / shape.d_in**0.5
-    coder = TopKCoder(
-        encoder=encoder.to(torch.bfloat16),
+    coder = LinearCoder(
+        encoder=encoder,
         bias=torch.zeros(shape.num_latents),
         decoder=encoder,
         b_dec=torch.zeros(shape.d_in),
-        k=shape.k,
+        activation=TopK(shape.k),
+        computing=Computing(precision="bfloat16"),
     )
     return coder.to(device)
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from autointerp_dagster.adapters.coders import open_coder
+from autointerp_dagster.adapters.coder_files import open_coder
 from autointerp_dagster.adapters.embedded import english_documents
 from autointerp_dagster.adapters.steering import SteeredModel, gumbel_noise
 from autointerp_dagster.adapters.subject_models import SubjectModel, open_subject_model
-from autointerp_dagster.core.config import SparsifyCoderConfig, SubjectModelConfig
+from autointerp_dagster.core.config import FileCoderConfig, SubjectModelConfig
 from autointerp_dagster.core.interventions.strength import divergence_between
 from autointerp_dagster.core.sparse_coders import SparseCoder
 from benchmarks.measure import Result, by_turns
@@ -48,7 +48,7 @@ def run() -> list[Result]:
         source="embedded:smollm2-135m-instruct", dtype="float32", device="cpu", threads=1
     )
     subject = open_subject_model(config)
-    placed = open_coder(SparsifyCoderConfig(path=DEMO_SAES), HOOKPOINT).placed
+    placed = open_coder(FileCoderConfig(path=DEMO_SAES), HOOKPOINT).placed
     prompts = prompts_of(subject)
     latents = [17 * (i // PROMPTS_PER_LATENT) for i in range(len(prompts))]
     _ = subject.model  # loaded outside the clock

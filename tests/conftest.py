@@ -79,7 +79,7 @@ def tiny_subject_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_sparsify_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder for ``SparsifyCoderConfig(path=folder)``. Do not write in it."""
+    """Folder for ``FileCoderConfig(path=folder)``. Do not write in it."""
     folder = tmp_path_factory.mktemp("coders")
     generator = torch.Generator().manual_seed(1)
     for hookpoint in ("layers.0", "layers.1"):

@@ -26,23 +26,32 @@ _IDENTITY_FILES = (
 _DOWNLOADED_FILES = (
     "*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*/config.json", "*/*.safetensors",
 )  # fmt: skip
+CONFIG_FILES = ("config.json",)
+"""What a model's architecture is known from."""
 _IGNORED_FILES = ("original/*", "consolidated*", "onnx/*", "openvino/*")
 
 Stamp = tuple[tuple[str, int, int], ...]
 """Name, size and time of files."""
 
 
-def resolve_folder(source: str, revision: str | None) -> Path:
+def resolve_folder(
+    source: str, revision: str | None, wanted: Sequence[str] = _DOWNLOADED_FILES
+) -> Path:
     """The folder with a model's files: embedded, local, or fetched from the hub.
 
     ``HF_HUB_OFFLINE=1`` keeps the hub out: only what is in its cache is used.
+
+    Args:
+        source: As a study names a model.
+        revision: Of a hub model.
+        wanted: Patterns of the files that are fetched of a hub model.
 
     Raises:
         ModelError: If there is no such folder, or it cannot be fetched.
     """
     if source.startswith("embedded:"):
         return _embedded_folder(source)
-    return _local_or_fetched(source, revision, _DOWNLOADED_FILES, _IGNORED_FILES)
+    return _local_or_fetched(source, revision, wanted, _IGNORED_FILES)
 
 
 def resolve_gguf(source: str, revision: str | None, gguf_file: str | None) -> Path | None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from autointerp_dagster.adapters.gguf_files import converted_folder
 from autointerp_dagster.adapters.model_files import (
+    CONFIG_FILES,
     commit_of,
     file_hash,
     folder_identity,
@@ -94,8 +95,18 @@ class SubjectModel:
 
     @property
     def model_config(self) -> PreTrainedConfig:
-        """What the model's configuration says; loading it loads no weights."""
-        return load_config(self.folder, stamp_of(self.folder))
+        """What the model's configuration says; loads no weights, and of a hub model fetches none.
+
+        Raises:
+            ModelError: If transformers does not know it.
+        """
+        return load_config(self._config_folder, stamp_of(self._config_folder))
+
+    @cached_property
+    def _config_folder(self) -> Path:
+        if self.gguf is not None:
+            return self.folder
+        return resolve_folder(self.config.source, self.config.revision, CONFIG_FILES)
 
     @property
     def model_type(self) -> str:
@@ -154,7 +165,7 @@ class SubjectModel:
             **({} if device_map is None else {"device_map": device_map}),
         }
 
-    def about(self) -> dict[str, object]:
+    def about(self) -> dict[str, Any]:
         """Which model it is, for people: where from, which commit, the hash of its weights.
 
         Reads the weights once per process and again after they have changed.
@@ -176,9 +187,9 @@ class SubjectModel:
     def hookpoints(self) -> tuple[str, ...]:
         """Every module's path relative to the base model, e.g. ``layers.9.mlp``, outside in.
 
-        Loads no weights.
+        Loads no weights, and of a hub model fetches none.
         """
-        return module_paths(self.folder, stamp_of(self.folder))
+        return module_paths(self._config_folder, stamp_of(self._config_folder))
 
     @torch.no_grad()
     def unembedding(self) -> Unembedding:

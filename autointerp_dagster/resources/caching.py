@@ -1,5 +1,6 @@
 """The activation cache stage: one pass for many layers, then cell by cell into the store."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from autointerp_dagster.adapters.cache import (
     cache_layers,
     default_spool_dir,
 )
-from autointerp_dagster.adapters.coders import LoadedCoder
+from autointerp_dagster.adapters.coder_files import LoadedCoder
 from autointerp_dagster.adapters.datasets import read_dataset
 from autointerp_dagster.adapters.shards import write_shard
 from autointerp_dagster.adapters.subject_models import SubjectModel
@@ -31,6 +32,9 @@ from autointerp_dagster.study import Study
 
 _DECIDING = ("device", "hardware", "batch_size", "torch", "transformers")
 """Of a model's execution: what may change the last bits, so that a pass is not gone on with."""
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,10 @@ class Caching:
         pending = self.stage.pending_cells(cells)
         if not pending:
             return
+        for layer, found in loaded.items():
+            logger.info("%s: %s", layer, found.about)
+            for note in found.notes:
+                logger.warning("%s: %s", layer, note)
         manifest = self.stage.input("token_dataset", WholeStudy())
         dataset = read_dataset(self.stage.store, manifest)
         with self._cached(pending, dataset, loaded, manifest.content_hash) as cached:
@@ -104,6 +112,7 @@ class Caching:
     ) -> Commit:
         counts = cached.firing_counts(cell.layer)
         execution = {**self.model.execution, **cached.execution(cell.layer)}
+        execution["coder_files"] = loaded.record
         mine = counts.slice(cell.range.start, cell.range.stop - cell.range.start)
         if mine.is_empty():
             return Commit([], {}, status=OUTSIDE_CODER, execution=execution)

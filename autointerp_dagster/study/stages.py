@@ -51,7 +51,7 @@ STAGES: dict[str, Stage] = {
             kinds=("huggingface",),
             description="The language model being interpreted; its version is its weights' hash.",
         ),
-        Stage("corpus", "study", description="The text; its version is the documents' hash."),
+        Stage("corpus", "study", description="The text; its version is its content's hash."),
         Stage(
             "sparse_coders",
             "layer",
@@ -275,7 +275,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "study_metrics",
             "study",
-            "4",
+            "5",
             (
                 "sparse_coders",
                 "activation_cache",
@@ -284,7 +284,7 @@ STAGES: dict[str, Stage] = {
                 "layer_metrics",
             ),
             kinds=("polars", "parquet"),
-            description="Own against floor, explainers, scorers, layers compared; and the cost.",
+            description="Own against floor; explainers, scorers, layers, coders; and the cost.",
             follows=True,
         ),
     )

@@ -22,12 +22,12 @@ from autointerp_dagster.adapters.cache import (
     SpoolSettings,
     cache_layers,
 )
-from autointerp_dagster.adapters.coders import open_coder
+from autointerp_dagster.adapters.coder_files import open_coder
 from autointerp_dagster.adapters.manifests import Manifest, Provenance, content_hash_of
 from autointerp_dagster.adapters.shards import write_shard
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.adapters.subject_models import SubjectModel, open_subject_model
-from autointerp_dagster.core.config import SparsifyCoderConfig, SubjectModelConfig, TokenConfig
+from autointerp_dagster.core.config import FileCoderConfig, SubjectModelConfig, TokenConfig
 from autointerp_dagster.core.schemas import FIRING_COUNTS
 from autointerp_dagster.core.tokens import Document, TokenDataset, build_token_dataset
 from autointerp_dagster.core.types import Cell, LatentRange, LayerKey, Progress, silent
@@ -76,7 +76,7 @@ def dataset_of(model: SubjectModel, n_documents: int = 9) -> TokenDataset:
 
 
 def coders_in(folder: Path) -> dict[LayerKey, object]:
-    config = SparsifyCoderConfig(path=folder)
+    config = FileCoderConfig(path=folder)
     return {layer: open_coder(config, layer.hookpoint).placed for layer in (LAYER, OTHER)}
 
 

@@ -21,7 +21,7 @@ from autointerp_dagster.core.interventions import Intervention, interventions_of
 from autointerp_dagster.core.metrics.nats import nats_estimates
 from autointerp_dagster.core.scorers import ScoringTask, verdicts_frame
 from autointerp_dagster.core.scorers.intervention import InterventionJob, verdicts
-from autointerp_dagster.core.sparse_coders import TopKCoder
+from autointerp_dagster.core.sparse_coders import LinearCoder
 
 pytestmark = pytest.mark.slow
 __all__ = ["english", "smollm2"]
@@ -31,14 +31,16 @@ OTHERS = ("numbers and dates", "the names of kings and queens", "rain and storms
 """What other latents might be said to promote."""
 
 
-def steered_along(subject: SubjectModel, coder: TopKCoder, texts: list[np.ndarray]) -> Intervention:
+def steered_along(
+    subject: SubjectModel, coder: LinearCoder, texts: list[np.ndarray]
+) -> Intervention:
     outcome = promote(subject, coder, HOOKPOINT, texts, KL)
     ((intervention,),) = interventions_of(outcome.interventions, outcome.prompts).values()
     assert intervention.status == "ok"
     return intervention
 
 
-def random_coder(coder: TopKCoder) -> TopKCoder:
+def random_coder(coder: LinearCoder) -> LinearCoder:
     """The same coder, writing in a direction that means nothing."""
     noise = torch.randn(coder.decoder.shape, generator=torch.Generator().manual_seed(11))
     return replace(coder, decoder=torch.nn.functional.normalize(noise, dim=1))

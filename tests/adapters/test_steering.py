@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 import torch
 
-from autointerp_dagster.adapters.coders import open_coder
+from autointerp_dagster.adapters.coder_files import open_coder
 from autointerp_dagster.adapters.embedded import english_documents
 from autointerp_dagster.adapters.steering import (
     SteeredModel,
@@ -19,8 +19,8 @@ from autointerp_dagster.adapters.steering import (
 )
 from autointerp_dagster.adapters.subject_models import SubjectModel, open_subject_model
 from autointerp_dagster.core.config import (
+    FileCoderConfig,
     InterventionsConfig,
-    SparsifyCoderConfig,
     SubjectModelConfig,
 )
 from autointerp_dagster.core.errors import ModelError
@@ -29,7 +29,7 @@ from autointerp_dagster.core.interventions.experiment import Outcome, Writer, in
 from autointerp_dagster.core.interventions.prompts import prompts_of
 from autointerp_dagster.core.interventions.strength import find_strengths
 from autointerp_dagster.core.schemas import ACTIVATIONS
-from autointerp_dagster.core.sparse_coders import SparseCoder, TopKCoder
+from autointerp_dagster.core.sparse_coders import LinearCoder, SparseCoder, TopK
 from autointerp_dagster.core.sparse_coders.protocol import PlacedCoder
 from autointerp_dagster.core.types import LayerKey
 
@@ -49,7 +49,7 @@ def subject(tiny_subject_model_dir: Path) -> SubjectModel:
 
 @pytest.fixture(scope="module")
 def coder(tiny_sparsify_dir: Path) -> SparseCoder:
-    return open_coder(SparsifyCoderConfig(path=tiny_sparsify_dir), HOOKPOINT).coder
+    return open_coder(FileCoderConfig(path=tiny_sparsify_dir), HOOKPOINT).coder
 
 
 @pytest.fixture(scope="module")
@@ -174,12 +174,12 @@ def test_the_whole_experiment_on_a_latent_is_the_same_alone_and_in_a_group(
     rng = np.random.default_rng(4)
     decoder = torch.from_numpy(rng.standard_normal((3, 16))).float()
     # All three fire everywhere, and a unit of one is longer than a unit of another.
-    coder = TopKCoder(
+    coder = LinearCoder(
         torch.zeros_like(decoder),
         torch.ones(3),
         decoder * torch.tensor([[0.5], [1], [3]]),
         torch.zeros(16),
-        k=3,
+        TopK(3),
     )
     texts = [np.append(0, rng.integers(1, 250, 15)).astype(np.int32) for _ in range(24)]
     rows = [(n, i, 7 + (n + i) % 8, 1.0 + i) for n in range(3) for i in range(24)]
@@ -262,7 +262,7 @@ def test_activations_are_those_of_whole_contexts(
     subject: SubjectModel, coder: SparseCoder, prompts: list[np.ndarray]
 ) -> None:
     found = prepared(subject, coder, prompts).activations()
-    assert isinstance(coder, TopKCoder)
+    assert isinstance(coder, LinearCoder)
     for row, latent in enumerate(LATENTS):
         longer = np.append(prompts[row], [7, 8, 9])  # a causal model does not see what follows
         with torch.inference_mode(), captured(subject.base_model, [HOOKPOINT]) as out:
@@ -379,7 +379,7 @@ def test_memory_of_a_group_is_bounded(subject: SubjectModel) -> None:
     assert text_ends(subject) == frozenset()
 
 
-def planted(subject: SubjectModel, token: int, latent: int = 5) -> TopKCoder:
+def planted(subject: SubjectModel, token: int, latent: int = 5) -> LinearCoder:
     """A coder that fires everywhere, and whose latent writes one token."""
     unembedding: Any = subject.model.get_output_embeddings()
     rows = unembedding.weight.float().detach()
@@ -393,7 +393,7 @@ def planted(subject: SubjectModel, token: int, latent: int = 5) -> TopKCoder:
     decoder[latent] = torch.nn.functional.normalize(row / gains, dim=0)
     bias = torch.zeros(latent + 1)
     bias[latent] = 1.0
-    return TopKCoder(torch.zeros_like(decoder), bias, decoder, torch.zeros(len(row)), k=1)
+    return LinearCoder(torch.zeros_like(decoder), bias, decoder, torch.zeros(len(row)), TopK(1))
 
 
 def promote(
@@ -460,7 +460,7 @@ def english(smollm2: SubjectModel) -> list[np.ndarray]:
 def test_realised_divergence_is_within_a_tenth_of_its_target_or_flagged_on_the_demo_coder(
     smollm2: SubjectModel, english: list[np.ndarray]
 ) -> None:
-    coder = open_coder(SparsifyCoderConfig(path=DEMO_SAES), "layers.9").coder
+    coder = open_coder(FileCoderConfig(path=DEMO_SAES), "layers.9").coder
     latents = [10 * i for i in range(6) for _ in range(4)]
     prompts = [text[: 8 + i] for i, text in enumerate(english)]
     model = SteeredModel(smollm2, here(coder, "layers.9"), prompts, latents, 64)

@@ -216,6 +216,17 @@ def test_only_files_of_the_model_are_fetched_and_none_twice(
     assert hub.downloads == fetched
 
 
+def test_the_architecture_of_a_hub_model_is_known_without_fetching_its_weights(
+    hub: HubServer, tiny_subject_model_dir: Path
+) -> None:
+    hub.add("me/described", tiny_subject_model_dir)
+    subject_model = subject_model_at("me/described")
+    assert "layers.2.mlp" in subject_model.hookpoints
+    assert subject_model.model_type == "llama"
+    assert hub.downloads == ["config.json"]
+    assert subject_model.width_of("layers.0") == 16  # and then the rest is fetched
+
+
 def test_an_unknown_revision_is_an_error_that_names_it(
     hub: HubServer, tiny_subject_model_dir: Path
 ) -> None:

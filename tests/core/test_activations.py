@@ -18,7 +18,7 @@ from autointerp_dagster.core.activations import (
 )
 from autointerp_dagster.core.config import TokenConfig
 from autointerp_dagster.core.errors import CoderError, ModelError, StudyError
-from autointerp_dagster.core.sparse_coders import SparseActivations, TopKCoder
+from autointerp_dagster.core.sparse_coders import LinearCoder, SparseActivations, TopK
 from autointerp_dagster.core.sparse_coders.protocol import PlacedCoder, SparseCoder
 from autointerp_dagster.core.tokens import Document, TokenDataset, build_token_dataset
 from autointerp_dagster.core.types import LatentRange, LayerKey
@@ -63,14 +63,14 @@ class TinyModel(nn.Module):
         return x
 
 
-def coder_of(seed: int, num_latents: int = 20, k: int = 4) -> TopKCoder:
+def coder_of(seed: int, num_latents: int = 20, k: int = 4) -> LinearCoder:
     generator = torch.Generator().manual_seed(seed)
-    return TopKCoder(
+    return LinearCoder(
         encoder=torch.randn(num_latents, D_IN, generator=generator),
         bias=torch.zeros(num_latents),
         decoder=torch.zeros(num_latents, D_IN),
         b_dec=torch.zeros(D_IN),
-        k=k,
+        activation=TopK(k),
     )
 
 
@@ -89,7 +89,7 @@ def dataset_of(bos_id: int | None = 0) -> TokenDataset:
 
 
 def run(
-    dataset: TokenDataset, coders: dict[LayerKey, TopKCoder] = CODERS, batch_size: int = 3
+    dataset: TokenDataset, coders: dict[LayerKey, LinearCoder] = CODERS, batch_size: int = 3
 ) -> list[Chunk]:
     return list(chunks_of(TinyModel(), dataset, coders, batch_size, CPU))
 
@@ -253,12 +253,12 @@ def test_an_unknown_token_is_an_error_before_the_first_forward_pass() -> None:
 def test_an_activation_beyond_bfloat16_is_an_error_that_names_layer_latent_and_context() -> None:
     # float32 ends a little above bfloat16: the largest value of float32 rounds to infinity.
     largest = torch.finfo(torch.float32).max
-    coder = TopKCoder(
+    coder = LinearCoder(
         encoder=torch.tensor([[0.0, 0.0], [1.0, 0.0]]),
         bias=torch.zeros(2),
         decoder=torch.zeros(2, 2),
         b_dec=torch.zeros(2),
-        k=1,
+        activation=TopK(1),
     )
     hidden = torch.tensor([[[1.0, 0.0]], [[largest, 0.0]]])
     with pytest.raises(ModelError, match=r"sae@layers\.0, latent 1, context 9: .*bfloat16"):
@@ -266,7 +266,7 @@ def test_an_activation_beyond_bfloat16_is_an_error_that_names_layer_latent_and_c
 
 
 def test_an_activation_below_bfloat16_does_not_fire() -> None:
-    coder = replace(CODERS[A], encoder=torch.full((20, D_IN), 1e-42), k=1)
+    coder = replace(CODERS[A], encoder=torch.full((20, D_IN), 1e-42), activation=TopK(1))
     hidden = torch.ones(1, 1, D_IN)
     assert coder.encode(hidden[0]).value.tolist() == [pytest.approx(6e-42, rel=0.1)]
     assert nonzeros_of(coder, hidden, np.array([0]), 0).latent.size == 0
@@ -305,7 +305,7 @@ def test_a_run_that_goes_on_gives_the_chunks_that_were_left() -> None:
 class EncodeSpy:
     """A coder that notes how many tokens it was given at once."""
 
-    coder: TopKCoder
+    coder: LinearCoder
     sizes: list[int]
 
     @property
@@ -319,6 +319,19 @@ class EncodeSpy:
     def encode(self, x: Tensor) -> SparseActivations:
         self.sizes.append(len(x))
         return self.coder.encode(x)
+
+    @property
+    def d_out(self) -> int:
+        return self.coder.d_out
+
+    def encode_dense(self, x: Tensor) -> Tensor:
+        return self.coder.encode_dense(x)
+
+    def decode(self, found: SparseActivations, x: Tensor) -> Tensor:
+        return self.coder.decode(found, x)
+
+    def describe(self) -> dict[str, object]:
+        return self.coder.describe()
 
     def encoder_rows(self, latents: list[int]) -> Tensor:
         return self.coder.encoder_rows(latents)
@@ -413,9 +426,9 @@ def test_coders_of_different_widths_read_different_sides_in_one_pass() -> None:
     model.layers[1] = Widening()
     layer = model.layers[1]
     generator = torch.Generator().manual_seed(6)
-    wide = TopKCoder(
+    wide = LinearCoder(
         torch.randn(30, 11, generator=generator), torch.zeros(30), torch.zeros(30, 11),
-        torch.zeros(11), k=5,
+        torch.zeros(11), TopK(5),
     )  # fmt: skip
     reads = {
         "layers.1": coder_of(1),

@@ -35,7 +35,7 @@ from autointerp_dagster.core.interventions.texts import (
     prompt_text,
 )
 from autointerp_dagster.core.schemas import ACTIVATIONS
-from autointerp_dagster.core.sparse_coders import TopKCoder
+from autointerp_dagster.core.sparse_coders import LinearCoder, TopK
 from autointerp_dagster.core.sparse_coders.protocol import PlacedCoder
 from autointerp_dagster.core.types import LayerKey
 from autointerp_dagster.core.windows import SPLITS as SPLIT_NAMES
@@ -426,10 +426,10 @@ class Residual(nn.Module):
         return self.head(self.block(x))
 
 
-def make_coder() -> TopKCoder:
+def make_coder() -> LinearCoder:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(6, 4, generator=generator)
-    return TopKCoder(rows, torch.zeros(6), rows.clone(), torch.zeros(4), k=3)
+    return LinearCoder(rows, torch.zeros(6), rows.clone(), torch.zeros(4), TopK(3))
 
 
 def test_ablation_takes_away_what_each_rows_latent_adds() -> None:

@@ -10,34 +10,56 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from autointerp_dagster.core.sparse_coders import (
+    Activation,
     Computing,
-    JumpReLUCoder,
+    Gated,
+    GroupMax,
+    LinearCoder,
+    ReLU,
     SparseActivations,
-    TopKCoder,
+    Threshold,
+    TopK,
 )
 from autointerp_dagster.core.sparse_coders.device import DeviceEncoder, block_encoder
-from autointerp_dagster.core.sparse_coders.rule import Rule
+from autointerp_dagster.core.sparse_coders.inputs import Inputs
+from autointerp_dagster.core.sparse_coders.rule import rule_of
 
 BFLOAT16, FLOAT32 = Computing(screen="bfloat16"), Computing(screen="float32")
 
 
-def coder_of(num_latents: int = 50, d_in: int = 6, k: int = 5, seed: int = 0) -> TopKCoder:
+def coder_of(num_latents: int = 50, d_in: int = 6, k: int = 5, seed: int = 0) -> LinearCoder:
     generator = torch.Generator().manual_seed(seed)
-    return TopKCoder(
-        encoder=torch.randn(num_latents, d_in, generator=generator),
-        bias=torch.randn(num_latents, generator=generator),
-        decoder=torch.randn(num_latents, d_in, generator=generator),
-        b_dec=torch.randn(d_in, generator=generator),
-        k=k,
-    )
+    encoder = torch.randn(num_latents, d_in, generator=generator)
+    bias = torch.randn(num_latents, generator=generator)
+    decoder = torch.randn(num_latents, d_in, generator=generator)
+    b_dec = torch.randn(d_in, generator=generator)
+    return LinearCoder(encoder, bias, decoder, b_dec, TopK(k), centre=b_dec)
 
 
 def jump_relu_of(
     num_latents: int = 50, d_in: int = 6, threshold: float = 2.0, seed: int = 0
-) -> JumpReLUCoder:
+) -> LinearCoder:
     coder = coder_of(num_latents, d_in, seed=seed)
     spread = torch.rand(num_latents, generator=torch.Generator().manual_seed(seed))
-    return JumpReLUCoder(coder.encoder, coder.bias, threshold * spread, coder.decoder, coder.b_dec)
+    return replace(coder, activation=Threshold(threshold * spread), centre=None)
+
+
+def coders_of(num_latents: int = 50, d_in: int = 6, seed: int = 0) -> list[LinearCoder]:
+    """One of each kind."""
+    coder = coder_of(num_latents, d_in, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.rand(num_latents, generator=generator)
+    n_groups = next(k for k in range(2, num_latents + 1) if num_latents % k == 0)
+    kinds: list[Activation] = [
+        TopK(5),
+        TopK(num_latents),
+        GroupMax(n_groups),
+        GroupMax(num_latents // n_groups),
+        Threshold(2 * spread),
+        ReLU(),
+        Gated(0.5 + spread, torch.randn(num_latents, generator=generator)),
+    ]
+    return [replace(coder, activation=activation) for activation in kinds]
 
 
 def tokens_of(n: int, d_in: int = 6, seed: int = 1) -> Tensor:
@@ -64,25 +86,26 @@ def assert_equal(a: SparseActivations, b: SparseActivations) -> None:
         assert torch.equal(left, right)
 
 
-def exact_topk(coder: TopKCoder, x: Tensor) -> Tensor:
+def exact_topk(coder: LinearCoder, k: int, x: Tensor) -> Tensor:
     """Dense activations with sums in float64, which decides what float32 cannot."""
-    centred = (x - coder.b_dec).double()
+    centred = (x - coder.centre).double()
     found = centred @ coder.encoder.double().T + coder.bias.double()
-    kept = found.relu().topk(coder.k, dim=-1)
+    kept = found.relu().topk(k, dim=-1)
     return torch.zeros_like(found).scatter_(-1, kept.indices, kept.values)
 
 
 def test_encode_by_hand() -> None:
-    coder = TopKCoder(
+    coder = LinearCoder(
         encoder=torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.0]]),
         bias=torch.tensor([0.0, 0.5, 0.0, 0.0]),
         decoder=torch.eye(4, 2),
         b_dec=torch.tensor([1.0, 1.0]),
-        k=2,
+        activation=TopK(2),
+        centre=torch.tensor([1.0, 1.0]),
     )
-    # x - b_dec = (2, -1): pre-activations 2, -0.5, 1, -2: the two largest are latents 0 and 2.
-    # x - b_dec = (-1, -1): -1, -0.5, -2, 1: latent 3 fires; the second largest is below zero.
-    # x - b_dec = (0, -1): 0, -0.5, -1, 0: nothing fires.
+    # x - centre = (2, -1): pre-activations 2, -0.5, 1, -2: the two largest are latents 0 and 2.
+    # x - centre = (-1, -1): -1, -0.5, -2, 1: latent 3 fires; the second largest is below zero.
+    # x - centre = (0, -1): 0, -0.5, -1, 0: nothing fires.
     x = torch.tensor([[3.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
     found = coder.encode(x)
     assert sorted(zip(*(column.tolist() for column in found), strict=True)) == [
@@ -93,42 +116,43 @@ def test_encode_by_hand() -> None:
 
 
 def test_a_jump_relu_by_hand() -> None:
-    coder = JumpReLUCoder(
+    coder = LinearCoder(
         encoder=torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]),
         bias=torch.tensor([0.0, 0.5, 0.0]),
-        threshold=torch.tensor([2.0, 0.0, 1.0]),
         decoder=torch.eye(3, 2),
         b_dec=torch.tensor([1.0, 1.0]),
+        activation=Threshold(torch.tensor([2.0, 0.0, 1.0])),
     )
     # Pre-activations of (2, -0.5): 2, 0, 1.5. Latent 0 only reaches its threshold; 0 is silent.
-    # With b_dec taken off, (1, -1.5): 1, -1, -0.5.  Of (5, 5) it is (4, 4): 4, 4.5, 8.
+    # With (1, 1) taken off, (1, -1.5): 1, -1, -0.5.  Of (5, 5) it is (4, 4): 4, 4.5, 8.
     x = torch.tensor([[2.0, -0.5], [5.0, 5.0]])
     assert dense(coder.encode(x), 2, 3).tolist() == [[0, 0, 1.5], [5, 5.5, 10]]
-    centred = replace(coder, subtracts_b_dec=True)
+    centred = replace(coder, centre=coder.b_dec)
     assert dense(centred.encode(x), 2, 3).tolist() == [[0, 0, 0], [4, 4.5, 8]]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
+    kind=st.integers(0, 6),
     n=st.integers(1, 300),
-    num_latents=st.integers(5, 3000),
-    block_elements=st.sampled_from([1, 1000, 100_000, 10_000_000]),
+    num_latents=st.integers(5, 1500),
+    block_elements=st.sampled_from([2000, 100_000, 10_000_000]),
     computing=st.sampled_from([BFLOAT16, FLOAT32]),
     has_bias=st.booleans(),
 )
 def test_blocked_encoding_equals_the_dense_path(
-    n: int, num_latents: int, block_elements: int, computing: Computing, has_bias: bool
+    kind: int, n: int, num_latents: int, block_elements: int, computing: Computing, has_bias: bool
 ) -> None:
     x = tokens_of(n)
-    for coder in (coder_of(num_latents), jump_relu_of(num_latents)):
-        coder = replace(
-            coder,
-            bias=coder.bias * has_bias,
-            computing=replace(computing, block_elements=block_elements),
-        )
-        found = coder.encode(x)
-        assert_sound(found)
-        torch.testing.assert_close(dense(found, n, num_latents), coder.encode_dense(x))
+    coder = coders_of(num_latents)[kind]
+    coder = replace(
+        coder,
+        bias=coder.bias * has_bias,
+        computing=replace(computing, block_elements=block_elements),
+    )
+    found = coder.encode(x)
+    assert_sound(found)
+    torch.testing.assert_close(dense(found, n, num_latents), coder.encode_dense(x))
 
 
 def scaled(x: Tensor, factor: float) -> Tensor:
@@ -163,6 +187,7 @@ FACTORS = st.sampled_from([1e-38, 1e-20, 1e-6, 1.0, 300.0, 1e6, 1e17])
 
 @settings(max_examples=150, deadline=None)
 @given(
+    kind=st.integers(0, 4),
     shape_x=st.sampled_from(SHAPES),
     shape_encoder=st.sampled_from(SHAPES),
     x_factor=FACTORS,
@@ -172,6 +197,7 @@ FACTORS = st.sampled_from([1e-38, 1e-20, 1e-6, 1.0, 300.0, 1e6, 1e17])
     seed=st.integers(0, 1000),
 )
 def test_both_screens_find_the_same_to_the_last_bit(
+    kind: int,
     shape_x: Shape,
     shape_encoder: Shape,
     x_factor: float,
@@ -188,13 +214,12 @@ def test_both_screens_find_the_same_to_the_last_bit(
         computing=BFLOAT16,
     )
     x = shape_x(tokens_of(20, 24, seed), x_factor)
+    gated = Gated(0.5 + torch.arange(700) / 700, coder.bias.roll(1))
+    kinds = (coder.activation, GroupMax(20), Threshold(coder.bias.abs() / 2), ReLU(), gated)
+    coder = replace(coder, activation=kinds[kind])
     found = coder.encode(x)
     assert_sound(found)
     assert_equal(found, replace(coder, computing=FLOAT32).encode(x))
-    jump = JumpReLUCoder(
-        coder.encoder, coder.bias, coder.bias.abs() / 2, coder.decoder, coder.b_dec, True, BFLOAT16
-    )
-    assert_equal(jump.encode(x), replace(jump, computing=FLOAT32).encode(x))
 
 
 @settings(max_examples=60, deadline=None)
@@ -203,11 +228,11 @@ def test_only_what_float32_cannot_tell_apart_differs_from_exact_arithmetic(
     seed: int, k: int, scale: float
 ) -> None:
     coder = replace(coder_of(900, 40, k, seed), computing=BFLOAT16)
-    coder = replace(coder, bias=coder.bias * scale, b_dec=coder.b_dec * scale)
+    coder = replace(coder, bias=coder.bias * scale, centre=coder.b_dec * scale)
     x = tokens_of(10, 40, seed) * scale
-    found, wanted = dense(coder.encode(x), 10, 900).double(), exact_topk(coder, x)
+    found, wanted = dense(coder.encode(x), 10, 900).double(), exact_topk(coder, k, x)
     # 43 terms, each rounded once: 43 * 2**-24 of the sum of their sizes.
-    sizes = (x - coder.b_dec).abs() @ coder.encoder.abs().T + coder.bias.abs()
+    sizes = (x - coder.centre).abs() @ coder.encoder.abs().T + coder.bias.abs()
     assert ((found - wanted).abs() <= 43 * 2**-24 * sizes)[(found > 0) & (wanted > 0)].all()
     kth = wanted.sort(dim=1).values[:, -k, None]
     differs = (found > 0) != (wanted > 0)
@@ -225,7 +250,8 @@ def test_the_largest_is_found_where_bfloat16_rounds_it_down_and_another_up() -> 
     x[0, :513] = down
     encoder = torch.zeros(2, 1024)
     encoder[0, :513], encoder[1, 513:] = down, up
-    coder = TopKCoder(encoder, torch.zeros(2), encoder, torch.zeros(1024), 1, BFLOAT16)
+    bias, b_dec = torch.zeros(2), torch.zeros(1024)
+    coder = LinearCoder(encoder, bias, encoder, b_dec, TopK(1), computing=BFLOAT16)
     rounded = x.bfloat16().float() @ encoder.bfloat16().float().T
     assert rounded[0, 1] > rounded[0, 0] + 4
     assert coder.encode(x).latent.tolist() == [0]
@@ -233,7 +259,7 @@ def test_the_largest_is_found_where_bfloat16_rounds_it_down_and_another_up() -> 
     many = torch.zeros(2000, 1024)
     many[1700], many[3] = encoder
     blocks = replace(BFLOAT16, block_elements=256 * 600)
-    coder = TopKCoder(many, torch.zeros(2000), many, torch.zeros(1024), 1, blocks)
+    coder = replace(coder, encoder=many, bias=torch.zeros(2000), decoder=many, computing=blocks)
     assert coder.encode(x).latent.tolist() == [1700]
 
 
@@ -248,10 +274,10 @@ def test_among_equal_activations_the_lowest_latents_are_kept() -> None:
 
 @pytest.mark.parametrize("computing", [BFLOAT16, FLOAT32], ids=["bfloat16", "float32"])
 def test_a_token_alone_gives_what_it_gives_in_company(computing: Computing) -> None:
-    coder, jump = coder_of(1000, 32), jump_relu_of(1000, 32)
     x = tokens_of(40, 32)
     x[7] *= 1e30  # no screen can judge it, so it is encoded last
-    for each in (replace(coder, computing=computing), replace(jump, computing=computing)):
+    for each in coders_of(1000, 32):
+        each = replace(each, computing=computing)
         together = each.encode(x)
         assert_sound(together)
         for token in (0, 7, 39):
@@ -261,20 +287,24 @@ def test_a_token_alone_gives_what_it_gives_in_company(computing: Computing) -> N
             assert torch.equal(alone.value, together.value[mine])
 
 
-def on_a_device(coder: TopKCoder | JumpReLUCoder) -> DeviceEncoder:
+def block_of(coder: LinearCoder) -> Callable[[Tensor], SparseActivations]:
+    inputs = Inputs(coder.dtype, coder.input_norm, coder.input_scale, coder.centre)
+    rule = rule_of(coder.activation, coder.dtype)
+    return block_encoder(coder.encoder, coder.bias, inputs, rule, compiled=False)
+
+
+def on_a_device(coder: LinearCoder, token_block: int = 16) -> DeviceEncoder:
     """What encodes the coder's tokens elsewhere than on a CPU."""
-    is_topk = isinstance(coder, TopKCoder)
-    rule = Rule(k=coder.k) if is_topk else Rule(threshold=coder.threshold)
-    centre = coder.b_dec if is_topk else torch.zeros_like(coder.b_dec)
-    return DeviceEncoder(block_encoder(coder.encoder, coder.bias, centre, rule, False), 16)
+    return DeviceEncoder(block_of(coder), token_block, "float32")
 
 
 def test_a_sum_that_overflows_is_infinite_and_not_silent() -> None:
     loud = torch.full((8, 4), 1e30)
     x = torch.tensor([[1e30, 1e30, -1e30, 1e30]])
-    topk = replace(coder_of(8, 4, k=8), encoder=loud, bias=torch.zeros(8), b_dec=torch.zeros(4))
-    jump = replace(jump_relu_of(8, 4), encoder=loud, bias=torch.zeros(8))
-    for coder in (topk, jump):
+    coder = replace(coder_of(8, 4), encoder=loud, bias=torch.zeros(8), centre=None)
+    ones = torch.ones(8)
+    for activation in (TopK(8), GroupMax(8), Threshold(ones), ReLU(), Gated(ones, ones)):
+        coder = replace(coder, activation=activation)
         for encode in (coder.encode, on_a_device(coder).encode):
             found = encode(x)
             assert sorted(found.latent.tolist()) == list(range(8))
@@ -284,7 +314,7 @@ def test_a_sum_that_overflows_is_infinite_and_not_silent() -> None:
 def test_nan_weights_are_infinite_activations_and_not_silent() -> None:
     weights = coder_of().encoder.clone()
     weights[3] = torch.nan
-    for coder in (coder_of(), jump_relu_of()):
+    for coder in coders_of():
         coder = replace(coder, encoder=weights)
         for encode in (coder.encode, on_a_device(coder).encode):
             found = encode(tokens_of(4))
@@ -296,7 +326,7 @@ def test_nan_weights_are_infinite_activations_and_not_silent() -> None:
 def test_a_coder_that_fires_nowhere_gives_nothing() -> None:
     x = tokens_of(30)
     silent = replace(coder_of(), bias=torch.full((50,), -1e3))
-    quiet = replace(jump_relu_of(), threshold=torch.full((50,), 1e3))
+    quiet = replace(coder_of(), activation=Threshold(torch.full((50,), 1e3)))
     for coder in (silent, quiet):
         for computing in (BFLOAT16, FLOAT32):
             found = replace(coder, computing=computing).encode(x)
@@ -333,29 +363,49 @@ def test_bfloat16_input_is_encoded_in_float32() -> None:
 
 
 def test_no_tokens_give_no_activations() -> None:
-    for coder in (coder_of(), jump_relu_of()):
+    for coder in coders_of():
         found = coder.encode(tokens_of(0))
         assert [column.numel() for column in found] == [0, 0, 0]
         assert [column.dtype for column in found] == [torch.int64, torch.int64, torch.float32]
 
 
 def test_rows_come_in_the_order_asked_for_and_latent_0_is_one() -> None:
-    for coder in (coder_of(), jump_relu_of()):
-        coder = replace(coder, decoder=coder.decoder.to(torch.bfloat16))
-        rows = coder.decoder_rows([7, 0])
-        assert rows.dtype == torch.float32
-        assert torch.equal(rows, coder.decoder[[7, 0]].float())
-        assert torch.equal(coder.encoder_rows([7, 0]), coder.encoder[[7, 0]])
+    coder = coder_of()
+    coder = replace(coder, decoder=coder.decoder.to(torch.bfloat16))
+    rows = coder.decoder_rows([7, 0])
+    assert rows.dtype == torch.float32
+    assert torch.equal(rows, coder.decoder[[7, 0]].float())
+    assert torch.equal(coder.encoder_rows([7, 0]), coder.encoder[[7, 0]])
 
 
 def test_width_and_number_of_latents_are_read_from_the_encoder() -> None:
-    for coder in (coder_of(num_latents=50, d_in=6), jump_relu_of(num_latents=50, d_in=6)):
-        assert (coder.num_latents, coder.d_in) == (50, 6)
+    coder = replace(coder_of(50, 6), decoder=torch.zeros(50, 7), b_dec=torch.zeros(7))
+    assert (coder.num_latents, coder.d_in, coder.d_out) == (50, 6, 7)
 
 
-def test_a_negative_threshold_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"threshold is -1\.0, wanted all >= 0"):
-        replace(jump_relu_of(), threshold=torch.full((50,), -1.0))
+@pytest.mark.parametrize(
+    ("activation", "message"),
+    [
+        (TopK(0), r"TopK: k is 0, wanted 1 to 50"),
+        (TopK(51), r"TopK: k is 51, wanted 1 to 50"),
+        (GroupMax(0), r"GroupMax: k is 0, wanted a divisor of 50"),
+        (GroupMax(7), r"GroupMax: k is 7, wanted a divisor of 50"),
+        (Threshold(torch.full((50,), -1.0)), r"threshold is -1\.0, wanted all >= 0"),
+        (Threshold(torch.full((50,), torch.nan)), r"threshold is nan, wanted all >= 0"),
+        (Gated(torch.full((50,), -2.0), torch.zeros(50)), r"scale is -2\.0, wanted all >= 0"),
+    ],
+)
+def test_an_activation_that_no_latent_can_have_is_refused(
+    activation: Activation, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(coder_of(50), activation=activation)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, torch.inf, torch.nan])
+def test_an_input_scale_that_cannot_be_undone_is_refused(scale: float) -> None:
+    with pytest.raises(ValueError, match=r"input_scale is .*, wanted above 0"):
+        replace(coder_of(), input_scale=scale)
 
 
 def test_how_a_coder_computes_can_be_told() -> None:
@@ -364,24 +414,19 @@ def test_how_a_coder_computes_can_be_told() -> None:
     assert coder_of().describe()["screen"] == "float32"  # too small for anything else to pay
 
 
-@pytest.mark.parametrize("rule", [Rule(k=5), Rule(threshold=torch.full((50,), 0.5))])
+@pytest.mark.parametrize("coder", coders_of(), ids=lambda coder: type(coder.activation).__name__)
 @pytest.mark.parametrize("token_block", [1, 7, 64])
-def test_blocks_on_a_device_equal_the_dense_path(rule: Rule, token_block: int) -> None:
-    coder, x = coder_of(), tokens_of(20)
-    block = block_encoder(coder.encoder, coder.bias, coder.b_dec, rule, compiled=False)
-    found = DeviceEncoder(block, token_block).encode(x)
+def test_blocks_on_a_device_equal_the_dense_path(coder: LinearCoder, token_block: int) -> None:
+    x = tokens_of(20)
+    found = on_a_device(coder, token_block).encode(x)
     assert_sound(found)
-    jump = JumpReLUCoder(
-        coder.encoder, coder.bias, torch.full((50,), 0.5), coder.decoder, coder.b_dec, True
-    )
-    expected = coder.encode_dense(x) if rule.k else jump.encode_dense(x)
-    torch.testing.assert_close(dense(found, 20, 50), expected)
-    assert DeviceEncoder(block, token_block).encode(tokens_of(0)).value.shape == (0,)
+    torch.testing.assert_close(dense(found, 20, 50), coder.encode_dense(x))
+    assert on_a_device(coder, token_block).encode(tokens_of(0)).value.shape == (0,)
 
 
 def test_lack_of_memory_halves_the_block_and_changes_nothing() -> None:
     coder, x = coder_of(), tokens_of(20)
-    encode = block_encoder(coder.encoder, coder.bias, coder.b_dec, Rule(k=5), compiled=False)
+    encode = block_of(coder)
     sizes: list[int] = []
 
     def little_memory(rows: Tensor) -> SparseActivations:
@@ -390,11 +435,11 @@ def test_lack_of_memory_halves_the_block_and_changes_nothing() -> None:
             raise torch.OutOfMemoryError("no room")
         return encode(rows)
 
-    encoder = DeviceEncoder(little_memory, 16)
+    encoder = DeviceEncoder(little_memory, 16, "float32")
     found = encoder.encode(x)
     # 16, 8 and 4 are too many; then 10 blocks of 2, and 2 it stays.
     assert sizes == [16, 8, 4] + 10 * [2]
-    assert encoder.describe() == {"token_block": 2}
+    assert encoder.describe() == {"precision": "float32", "token_block": 2}
     torch.testing.assert_close(dense(found, 20, 50), coder.encode_dense(x))
 
 
@@ -403,4 +448,4 @@ def test_no_memory_for_one_token_is_an_error() -> None:
         raise torch.OutOfMemoryError(f"no room for {len(rows)}")
 
     with pytest.raises(torch.OutOfMemoryError, match="no room for 1"):
-        DeviceEncoder(no_memory, 4).encode(tokens_of(8))
+        DeviceEncoder(no_memory, 4, "float32").encode(tokens_of(8))

@@ -131,6 +131,71 @@ def test_layers_are_compared_by_their_medians() -> None:
     assert (found["lo"], found["hi"]) == pytest.approx((-0.25 - reach, -0.25 + reach))
 
 
+def coders(**values: list[float]) -> list[dict[str, Any]]:
+    """Values by ``<coder>_<layer>``."""
+    return [
+        make_metric(i, value, coder=name[:-2], hookpoint=f"layers.{name[-1]}")
+        for name, of in values.items()
+        for i, value in enumerate(of)
+    ]
+
+
+def test_coders_are_compared_within_each_layer_that_both_have() -> None:
+    # Medians .8 - .5 = .3 at layers.1, .6 - .5 = .1 at layers.2: mean .2; layers.3 has one coder.
+    rows = coders(
+        sae_1=[0.7, 0.8, 0.9], neurons_1=[0.4, 0.5, 0.6], sae_2=[0.5, 0.6, 0.7],
+        neurons_2=[0.4, 0.5, 0.6], sae_3=[0.1, 0.1],
+    )  # fmt: skip
+    names = ("coder", "neurons", "sae", "default", "detection", "median_difference")
+    found = row(study(rows), *names)
+    assert found["value"] == pytest.approx(-0.2)
+    assert found["n"] == 12
+    # U = 0 of 9 at layers.1; at layers.2 the pairs .5/.5 and .6/.6 tie and .6 > .5: U = 2.
+    above = [
+        stats.mannwhitneyu(a, b, alternative="greater", method="asymptotic", use_continuity=False)
+        for a, b in (([0.4, 0.5, 0.6], [0.7, 0.8, 0.9]), ([0.4, 0.5, 0.6], [0.5, 0.6, 0.7]))
+    ]
+    assert [test.statistic for test in above] == [0, 2]
+    z = sum(stats.norm.isf(test.pvalue) for test in above) / math.sqrt(2)
+    assert found["p"] == pytest.approx(2 * stats.norm.sf(abs(z)))
+    furthest = 2 * 0.1 * expansion(3, 0.95)  # every sample's median at its end, in both layers
+    assert -0.2 - furthest < found["lo"] < -0.2 < found["hi"] < -0.2 + furthest
+
+
+def test_coders_that_share_one_layer_differ_as_the_layers_do() -> None:
+    rows = coders(sae_1=[0.7, 0.8, 0.9], random_1=[0.5, 0.5, 0.6])
+    frame = study(rows)
+    by_coder = row(frame, "coder", "random", "sae", "default", "detection", "median_difference")
+    names = ("layer", "random@layers.1", "sae@layers.1", "default", "detection")
+    by_layer = row(frame, *names, "median_difference")
+    for column in ("value", "lo", "hi", "p", "n"):
+        assert by_coder[column] == by_layer[column]
+
+
+def test_coders_without_a_common_layer_are_not_compared() -> None:
+    frame = study(coders(sae_1=[0.7, 0.8], neurons_2=[0.5, 0.5]))
+    assert frame.filter(pl.col("comparison") == "coder").is_empty()
+
+
+def test_coders_of_which_one_has_a_single_latent_have_no_interval() -> None:
+    frame = study(coders(sae_1=[0.7], neurons_1=[0.5, 0.6]))
+    found = row(frame, "coder", "neurons", "sae", "default", "detection", "median_difference")
+    assert found["value"] == pytest.approx(0.55 - 0.7)
+    assert (found["lo"], found["p"]) == (None, None)
+
+
+def test_the_p_of_coders_is_uniform_where_they_do_not_differ() -> None:
+    rng = np.random.default_rng(3)
+    config = MetricsConfig(n_bootstrap=100)
+    found = []
+    for _ in range(200):
+        values = {f"{c}_{layer}": rng.random(9).tolist() for c in ("sae", "pca") for layer in "123"}
+        frame = study_metrics_of(make_metrics(coders(**values)), config)
+        names = ("coder", "pca", "sae", "default", "detection", "median_difference")
+        found.append(row(frame, *names)["p"])
+    assert stats.kstest(found, "uniform").pvalue > 0.01
+
+
 @pytest.mark.parametrize("n", [4, 5])
 def test_a_judge_with_fewer_than_five_floors_is_not_judged(n: int) -> None:
     rng = np.random.default_rng(0)

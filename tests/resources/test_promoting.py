@@ -20,7 +20,7 @@ from autointerp_dagster.adapters.subject_models import SubjectModel, open_subjec
 from autointerp_dagster.core.config import SubjectModelConfig
 from autointerp_dagster.core.llm import Completion, Request
 from autointerp_dagster.core.schemas import LATENT_STATISTICS
-from autointerp_dagster.core.sparse_coders import TopKCoder
+from autointerp_dagster.core.sparse_coders import LinearCoder, TopK
 from autointerp_dagster.core.types import LayerKey, silent
 from autointerp_dagster.resources import promoting
 from autointerp_dagster.resources.coders import Coders
@@ -38,10 +38,10 @@ def model_at(folder: Path) -> SubjectModel:
     return open_subject_model(SubjectModelConfig.model_validate(content))
 
 
-def coder_of(decoder: torch.Tensor) -> TopKCoder:
+def coder_of(decoder: torch.Tensor) -> LinearCoder:
     n_latents, width = decoder.shape
     encoder, bias = torch.zeros(n_latents, width), torch.zeros(n_latents)
-    return TopKCoder(encoder=encoder, bias=bias, decoder=decoder, b_dec=torch.zeros(width), k=1)
+    return LinearCoder(encoder, bias, decoder, torch.zeros(width), TopK(1))
 
 
 def random_rows(n_latents: int, width: int = WIDTH) -> torch.Tensor:

@@ -3,7 +3,13 @@
 import polars as pl
 import pytest
 
-from autointerp_dagster.cli.report import _floors_table, _interval_name, _medians_table, _warnings
+from autointerp_dagster.cli.report import (
+    _coders_table,
+    _floors_table,
+    _interval_name,
+    _medians_table,
+    _warnings,
+)
 from autointerp_dagster.core.schemas import LAYER_METRICS, STUDY_METRICS
 from autointerp_dagster.core.types import LayerKey
 from autointerp_dagster.study import load_study
@@ -76,3 +82,16 @@ def test_intervals_are_named_by_the_studys_confidence_and_an_unknown_chance_is_b
     cells = {column.header: list(column.cells) for column in table.columns}
     assert cells["chance"] == [""]
     assert cells["90 % interval"] == ["0.10 to 0.30"]
+
+
+def test_coders_are_shown_against_each_other_with_the_interval():
+    row = dict.fromkeys(STUDY_METRICS.columns) | {
+        "comparison": "coder", "a": "neurons", "b": "sae", "explainer": "default",
+        "scorer": "fuzzing", "statistic": "median_difference", "value": -0.15, "lo": -0.2,
+        "hi": -0.1, "p": 0.001, "n": 40,
+    }  # fmt: skip
+    table = _coders_table(pl.DataFrame([row], schema=dict(STUDY_METRICS.columns)), "95 % interval")
+    cells = {column.header: list(column.cells) for column in table.columns}
+    assert cells["coders"] == ["neurons - sae"]
+    assert cells["a - b"] == ["-0.150"]
+    assert cells["95 % interval"] == ["-0.200 to -0.100"]

@@ -18,7 +18,7 @@ from autointerp_dagster.adapters.cache.merging import BLOCK_KEYS
 from autointerp_dagster.adapters.cache.opening import OpenSpool, open_spool
 from autointerp_dagster.adapters.cache.plan import PassIdentity, PassPlan
 from autointerp_dagster.adapters.cache.spool import BUFFER_BYTES
-from autointerp_dagster.adapters.coders import check_width
+from autointerp_dagster.adapters.coder_files import check_width
 from autointerp_dagster.adapters.subject_models import SubjectModel
 from autointerp_dagster.core.activations import Chunk, FiringCounts, chunks_of
 from autointerp_dagster.core.schemas import ACTIVATIONS

@@ -1,12 +1,15 @@
 """Every parameter of a study, once: frozen pydantic models that ``study.py`` composes."""
 
 from autointerp_dagster.core.config.base import Parameters
-from autointerp_dagster.core.config.coders import CoderConfig, SparsifyCoderConfig
+from autointerp_dagster.core.config.coders import CoderConfig, CoderFormat, FileCoderConfig
 from autointerp_dagster.core.config.corpus import (
     CorpusConfig,
     EmbeddedCorpusConfig,
+    HubCorpusConfig,
+    HubFilesConfig,
     TextFilesConfig,
     TokenConfig,
+    TokensCorpusConfig,
 )
 from autointerp_dagster.core.config.explaining import (
     BestOfNExplainerConfig,
@@ -57,6 +60,7 @@ __all__ = [
     "AdaptiveConfig",
     "BestOfNExplainerConfig",
     "CoderConfig",
+    "CoderFormat",
     "ContrastiveExplainerConfig",
     "CorpusConfig",
     "DefaultExplainerConfig",
@@ -66,8 +70,11 @@ __all__ = [
     "EmbeddingConfig",
     "ExampleEmbeddingConfig",
     "ExplainerConfig",
+    "FileCoderConfig",
     "FloorsConfig",
     "FuzzingConfig",
+    "HubCorpusConfig",
+    "HubFilesConfig",
     "InterventionConfig",
     "InterventionsConfig",
     "IntruderConfig",
@@ -90,11 +97,11 @@ __all__ = [
     "ScorersConfig",
     "SimulationConfig",
     "SingleTokenExplainerConfig",
-    "SparsifyCoderConfig",
     "SubjectModelConfig",
     "SurprisalConfig",
     "TextFilesConfig",
     "TokenConfig",
+    "TokensCorpusConfig",
     "TopTokensExplainerConfig",
     "WindowEmbeddingsConfig",
 ]

@@ -3,24 +3,72 @@
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from pydantic import Field, model_validator
+
 from autointerp_dagster.core.config.base import Parameters
 
+CoderFormat = Literal[
+    "auto",
+    "sparsify",
+    "saelens",
+    "gemma_scope",
+    "gemma_scope_2",
+    "dictionary_learning",
+    "openai",
+    "llama_scope",
+    "circuit_tracer",
+]
+"""Layouts of files that sparse coders are published in."""
 
-class SparsifyCoderConfig(Parameters, frozen=True):
-    """SAEs on disk in sparsify's layout: one folder per hookpoint under ``path``."""
+
+class FileCoderConfig(Parameters, frozen=True):
+    """Sparse coders from files, in a local folder or a repository of the Hugging Face Hub."""
 
     execution_only: ClassVar[frozenset[str]] = frozenset({"screen", "compiled"})
 
-    format: Literal["sparsify"] = "sparsify"
-    path: Path
-    """Folder with ``<hookpoint>/cfg.json``; relative paths count from the study file."""
+    format: CoderFormat = "auto"
+    """``auto`` tells by the names of the files."""
+    path: Path | None = None
+    """Folder with one coder or many, or a coder's file; relative paths count from the study file.
+    """
+    repo: str | None = Field(default=None, pattern=r"^[^/\s]+/[^/\s]+$")
+    """Instead of ``path``: a hub repository, e.g. ``google/gemma-scope-2b-pt-res``. Only the files
+    of the coders in use are fetched; ``HF_HUB_OFFLINE=1`` takes them from the hub's cache."""
+    revision: str | None = None
+    """Commit, tag or branch of ``repo``."""
+    select: str | None = None
+    """Where several coders lie at one place: a Unix pattern of folders in the coder's path, e.g.
+    ``width_16k/average_l0_82`` or ``seed0``."""
+    l0: float | None = Field(default=None, gt=0)
+    """Where several coders lie at one place: the one whose published average L0 is nearest."""
+    reads: str | None = None
+    """Hookpoint that is encoded, where the files do not say or mean another model's names; in it
+    ``{layer}`` is the coder's layer, e.g. ``layers.{layer}.mlp.input``."""
+    writes: str | None = None
+    """Hookpoint that a transcoder's decoder adds to, likewise; null: as the files say, or, with
+    ``reads`` alone, the same."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """On a GPU: of the encoder's product. bfloat16 is several times faster and rounds every
+    pre-activation."""
     screen: Literal["auto", "bfloat16", "float32"] = "auto"
     """On a CPU: what all latents are scored in before the few that may fire are computed in
     float32, which decides. ``auto``: bfloat16 where the CPU multiplies it in hardware and it pays.
-    ``float32`` suits a coder with a few huge dimensions. A GPU's product is in float32 anyway.
+    ``float32`` suits a coder with a few huge dimensions. A GPU has ``precision`` instead.
     """
     compiled: bool = False
     """On a GPU: whether to encode with ``torch.compile``; on a CPU it changes nothing."""
 
+    @model_validator(mode="after")
+    def _check_where(self) -> "FileCoderConfig":
+        if (self.path is None) == (self.repo is None):
+            raise ValueError(
+                "wanted either path (a folder or file) or repo (a repository of the hub)."
+            )
+        if self.revision is not None and self.repo is None:
+            raise ValueError("revision: only a repo has revisions; a path has none.")
+        if self.writes is not None and self.reads is None:
+            raise ValueError("writes: wanted reads, too: the hookpoint that is encoded.")
+        return self
 
-CoderConfig = SparsifyCoderConfig
+
+CoderConfig = FileCoderConfig

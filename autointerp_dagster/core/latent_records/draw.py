@@ -26,7 +26,7 @@ from autointerp_dagster.core.negatives import (
     draw_negatives,
 )
 from autointerp_dagster.core.rng import hash_priority
-from autointerp_dagster.core.sampling import draw_ranks, ranks_within
+from autointerp_dagster.core.sampling import BY_STRENGTH, draw_ranks, ranks_within
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import LayerKey
 from autointerp_dagster.core.windows import SPLITS, WindowGrid
@@ -88,7 +88,7 @@ def draw_windows(
     for split in range(len(SPLITS)):
         repeats = near_repeats(dataset, grid, config, shown) if split else None
         rows, repeating = _without_repeats(pool, np.flatnonzero(pool.split == split), cuts, repeats)
-        drawn, rank = _choose(pool, rows, config)
+        drawn, rank = _choose(pool.at(rows), grid, keys, config)
         mine = _shown_of(drawn, cuts)
         shown = shown.extended(mine)
         repeats = near_repeats(dataset, grid, config, shown) or same_texts(dataset, grid, mine)
@@ -122,20 +122,15 @@ def _without_repeats(
 
 
 def _choose(
-    pool: Pool, rows: Rows, config: SamplingConfig
+    pool: Pool, grid: WindowGrid, keys: Keys, config: SamplingConfig
 ) -> tuple[Pool, Int64[np.ndarray, " chosen"]]:
-    """The windows drawn among ``rows``, and their order of drawing within a (latent, split)."""
-    wanted = np.array([config.n_train, config.n_select, config.n_test])[pool.split[rows]]
-    ranks = draw_ranks(
-        config.strategy,
-        pool.latent[rows] * len(SPLITS) + pool.split[rows],
-        pool.quantile[rows],
-        pool.strength[rows],
-        pool.priority[rows],
-        wanted,
-    )
-    chosen = ranks >= 0
-    return pool.at(rows[chosen]), ranks[chosen]
+    """The windows drawn among some, and their order of drawing within a (latent, split)."""
+    wanted = np.array([config.n_train, config.n_select, config.n_test])[pool.split]
+    strength = pool.strength(keys, grid) if config.strategy in BY_STRENGTH else None
+    group = pool.latent * len(SPLITS) + pool.split
+    ranks = draw_ranks(config.strategy, group, pool.quantile, strength, pool.priority, wanted)
+    chosen = np.flatnonzero(ranks >= 0)
+    return pool.at(chosen), ranks[chosen]
 
 
 def _ranked(
@@ -156,7 +151,8 @@ def _ranked(
     is_silent = np.arange(len(latent)) >= n_activating
     group = (latent * len(SPLITS) + split) * 2 + is_silent
     strongest_first = np.zeros(len(latent), dtype=np.int64)
-    strongest_first[:n_activating] = np.where(chosen.split == 0, chosen.strength, 0)
+    train = np.flatnonzero(chosen.split == 0)
+    strongest_first[train] = chosen.at(train).strength(keys, grid)
     priority = hash_priority(keys.rank[latent], grid.window_id[window])
     return DrawnWindows(
         latent=latent,

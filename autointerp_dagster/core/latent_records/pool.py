@@ -1,6 +1,6 @@
 """The activating windows of a range's latents that windows are drawn from.
 
-1. Each window gets its rank by strength among all of its latent's, hence its quantile.
+1. Each window gets its quantile by strength among all of its latent's.
 2. In ``centred`` mode windows are cut again, around their maxima; of two that overlap one stays.
 3. Of a very frequent latent only a sample stays.
 """
@@ -8,13 +8,14 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int64, UInt64
+from jaxtyping import Bool, Float32, Int8, Int64, UInt64
 
 from autointerp_dagster.core.config import SamplingConfig
 from autointerp_dagster.core.latent_records.centred import Cuts, centred_windows, without_overlaps
 from autointerp_dagster.core.latent_records.firing import ActiveWindows, FiringTokens
 from autointerp_dagster.core.rng import hash_priority
 from autointerp_dagster.core.sampling import (
+    BY_STRENGTH,
     latent_keys,
     may_be_drawn,
     quantile_bands,
@@ -55,14 +56,20 @@ class Pool(NamedTuple):
     window: Int64[np.ndarray, " window"]
     """Index into the grid; in ``centred`` mode of the window that holds the maximum."""
     split: Int64[np.ndarray, " window"]
-    strength: Int64[np.ndarray, " window"]
-    """Rank by maximum among all of the latent's windows; 0 is the strongest."""
-    quantile: Int64[np.ndarray, " window"]
+    maximum: Float32[np.ndarray, " window"]
+    """Largest activation in the window of the grid."""
+    quantile: Int8[np.ndarray, " window"]
+    """By maximum, among all of the latent's windows; 0 is the strongest."""
     priority: UInt64[np.ndarray, " window"]
 
     def at(self, rows: Int64[np.ndarray, " row"]) -> "Pool":
         """Some of the windows."""
         return Pool(*(column[rows] for column in self))
+
+    def strength(self, keys: Keys, grid: WindowGrid) -> Int64[np.ndarray, " window"]:
+        """Rank of each window among its latent's in the pool, 0 the strongest; no two alike."""
+        ties = hash_priority(keys.tie[self.latent], grid.window_id[self.window])
+        return strength_ranks(self.latent, self.maximum, ties)
 
 
 def pool_of(
@@ -76,61 +83,68 @@ def pool_of(
 ) -> tuple[Pool, Cuts]:
     """What is drawn from, for the latents that are ``is_ok``, and what is shown of each window.
 
-    Ranks by strength and quantiles count every window of the latent, whichever stay.
+    Quantiles count every window of the latent, whichever stay.
     """
     latent, window = active.latent, active.window
     ids = grid.window_id[window]
-    strength = strength_ranks(latent, active.maximum, hash_priority(keys.tie[latent], ids))
-    quantile = quantile_bands(latent, strength, config.n_quantiles)
+    quantile = quantile_bands(
+        latent,
+        active.maximum,
+        lambda rows: hash_priority(keys.tie[latent[rows]], ids[rows]),
+        config.n_quantiles,
+    )
     priority = hash_priority(keys.draw[latent], ids)
     row = np.arange(len(latent))
-    pool = Pool(row, latent, window, active.split, strength, quantile, priority)
+    pool = Pool(row, latent, window, active.split, active.maximum, quantile, priority)
     if config.window_mode == "centred":
-        pool, cuts = _centred(pool, firing, active, dataset, grid)
+        pool, cuts = _centred(pool, firing, active, dataset, grid, keys)
     else:
         cuts = Cuts(grid.start[window], active.first, active.n_tokens, active.maximum)
-    stays = is_ok[pool.latent] & _sampled(pool, is_ok, config)
-    stays &= _in_reach(pool, stays, len(is_ok), grid, config)
+    pool = _sampled(pool, is_ok, grid, keys, config)
+    stays = is_ok[pool.latent]
+    stays &= _in_reach(pool, is_ok, grid, config)
     return pool.at(np.flatnonzero(stays)), cuts
 
 
 def _in_reach(
-    pool: Pool,
-    stays: Bool[np.ndarray, " window"],
-    n_latents: int,
-    grid: WindowGrid,
-    config: SamplingConfig,
+    pool: Pool, is_ok: Bool[np.ndarray, " latent"], grid: WindowGrid, config: SamplingConfig
 ) -> Bool[np.ndarray, " window"]:
     """False for windows that are not drawn in any case: most of a frequent latent's."""
     is_centred = config.window_mode == "centred"
     threshold, shingles = config.near_duplicate_jaccard, grid.shingles
     if config.strategy != "quantiles" or (threshold is not None and is_centred):
-        return stays
-    may_go = np.zeros(len(stays), dtype=bool)
+        return np.ones(len(pool.row), dtype=bool)
+    may_go = np.zeros(len(pool.row), dtype=bool)
     if threshold is not None and shingles is not None:
         may_go = shingles.row[pool.window] >= 0
-    n_groups = n_latents * len(SPLITS)
     group = pool.latent * len(SPLITS) + pool.split
-    group[~stays] = n_groups  # of which none are drawn
-    wanted = np.tile([config.n_train, config.n_select, config.n_test], n_latents)
-    return may_be_drawn(
-        group, pool.quantile, pool.priority, np.append(wanted, 0), config.n_quantiles, may_go
-    )
+    wanted = np.outer(is_ok, [config.n_train, config.n_select, config.n_test]).reshape(-1)
+    return may_be_drawn(group, pool.quantile, pool.priority, wanted, config.n_quantiles, may_go)
 
 
 def _centred(
-    pool: Pool, firing: FiringTokens, active: ActiveWindows, dataset: TokenDataset, grid: WindowGrid
+    pool: Pool,
+    firing: FiringTokens,
+    active: ActiveWindows,
+    dataset: TokenDataset,
+    grid: WindowGrid,
+    keys: Keys,
 ) -> tuple[Pool, Cuts]:
     cuts, is_peak = centred_windows(firing, active, dataset, grid)
     pool = pool.at(np.flatnonzero(is_peak[pool.row]))
     start, context = cuts.start[pool.row], grid.context[pool.window]
-    stays = without_overlaps(pool.latent, context, start, pool.strength, grid.window_len)
+    strength = pool.strength(keys, grid)
+    stays = without_overlaps(pool.latent, context, start, strength, grid.window_len)
     return pool.at(np.flatnonzero(stays)), cuts
 
 
 def _sampled(
-    pool: Pool, is_ok: Bool[np.ndarray, " latent"], config: SamplingConfig
-) -> Bool[np.ndarray, " window"]:
+    pool: Pool,
+    is_ok: Bool[np.ndarray, " latent"],
+    grid: WindowGrid,
+    keys: Keys,
+    config: SamplingConfig,
+) -> Pool:
     """About ``max_windows`` of each latent, by hashed priority, and the strongest ones if need be.
 
     Each split, and each quantile where draws go by quantiles, keeps its share of ``max_windows``,
@@ -143,7 +157,7 @@ def _sampled(
     n_windows = np.bincount(pool.latent, minlength=len(is_ok))
     rows = np.flatnonzero(((n_windows > config.max_windows) & is_ok)[pool.latent])
     if not len(rows):
-        return kept
+        return pool
     latent, split = pool.latent[rows], pool.split[rows]
     spare = _SPARE * np.array([config.n_train, config.n_select, config.n_test])
     goes_by_quantile = config.strategy in ("quantiles", "mix")
@@ -152,8 +166,8 @@ def _sampled(
     cell = group * n_bands + (pool.quantile[rows] if goes_by_quantile else 0)
     share = np.ceil(np.bincount(cell)[cell] * (config.max_windows / n_windows[latent]))
     stays = ranks_within(cell, pool.priority[rows]) < np.maximum(share, -(-spare // n_bands)[split])
-    if config.strategy in ("top", "mix"):
-        place = ranks_within(group, pool.priority[rows], pool.strength[rows])
+    if config.strategy in BY_STRENGTH:
+        place = ranks_within(group, pool.priority[rows], pool.at(rows).strength(keys, grid))
         stays |= place < spare[split]
     kept[rows] = stays
-    return kept
+    return pool.at(np.flatnonzero(kept))

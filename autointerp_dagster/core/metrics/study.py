@@ -4,7 +4,7 @@ Every comparison is of the scorers' headline metrics. Latents are the units: the
 both sides scored the same latent, and resampled for the intervals.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -46,14 +46,17 @@ def study_metrics_of(latent_metrics: pl.DataFrame, config: MetricsConfig) -> pl.
       of every explainer; two such ones with each other, explainer null.
     - ``layer``, per explainer and scorer: ``median_difference``, unpaired, between layers
       (``<coder>@<hookpoint>``) that share the coder or the hookpoint.
+    - ``coder``, per explainer and scorer: ``median_difference``, unpaired, between coders (SAE,
+      neurons, random): within each hookpoint where both have scores, then the mean over these.
 
     A difference is a minus b. Intervals are by bootstrap over latents, widened where these are few
     (:func:`.resampling.small_sample_interval`, :func:`.resampling.correlation_interval`: of a
     correlation null below five). p-values: of
     ``mean_difference`` Wilcoxon's signed-rank test (zeros split), of the correlations the test of
-    none, of ``median_difference`` the Mann-Whitney test; they are not adjusted. ``n`` counts pairs,
-    or the latents of both layers; with fewer than two, interval and p are null, with none the value
-    is.
+    none, of ``median_difference`` the Mann-Whitney test (of coders: one test a hookpoint, combined
+    by Stouffer's method, weights the square roots of the latents); they are not adjusted. ``n``
+    counts pairs, or the latents of both sides; with fewer than two, interval and p are null, with
+    none the value is.
 
     Args:
         latent_metrics: ``LATENT_METRICS`` rows of all layers, any order.
@@ -72,7 +75,7 @@ def study_metrics_of(latent_metrics: pl.DataFrame, config: MetricsConfig) -> pl.
         *_subjects(main, config),
         *_explainers(own, config),
         *_scorers(own, config),
-        *_layers(own, config),
+        *_places(own, config),
     ]
     rows = pl.DataFrame(comparisons, schema=dict(STUDY_METRICS.columns), orient="row")
     return STUDY_METRICS.conform(rows.with_columns(pl.col("value", "lo", "hi", "p").fill_nan(None)))
@@ -239,7 +242,8 @@ def _correlations(
         yield _Row(*comparison, statistic, value, lo, hi, p, n)
 
 
-def _layers(own: pl.DataFrame, config: MetricsConfig) -> Iterator[_Row]:
+def _places(own: pl.DataFrame, config: MetricsConfig) -> Iterator[_Row]:
+    """Layers, then coders, against each other."""
     groups = own.select("explainer", "scorer").unique().sort("explainer", "scorer", nulls_last=True)
     for explainer, scorer in groups.iter_rows():
         is_asked = pl.col("explainer").eq_missing(explainer) & (pl.col("scorer") == scorer)
@@ -249,7 +253,13 @@ def _layers(own: pl.DataFrame, config: MetricsConfig) -> Iterator[_Row]:
         for a, b in combinations(keys, 2):
             if a[0] == b[0] or a[1] == b[1]:
                 names = ("layer", "@".join(a), "@".join(b), explainer, scorer)
-                yield _median_difference(samples[a], samples[b], names, config)
+                yield _median_difference([(samples[a], samples[b])], names, config)
+        for a, b in combinations(_names(here, "coder"), 2):
+            shared = [hookpoint for coder, hookpoint in keys if coder == a]
+            pairs = [(samples[a, h], samples[b, h]) for h in shared if (b, h) in samples]
+            if pairs:
+                names = ("coder", a, b, explainer, scorer)
+                yield _median_difference(pairs, names, config)
 
 
 class _Sample(NamedTuple):
@@ -276,21 +286,44 @@ def _widened(sample: _Sample, confidence: float) -> Float64[np.ndarray, " replic
 
 
 def _median_difference(
-    a: _Sample,
-    b: _Sample,
+    pairs: Sequence[tuple[_Sample, _Sample]],
     comparison: tuple[str, str, str, str | None, str | None],
     config: MetricsConfig,
 ) -> _Row:
-    unknown, n = float("nan"), len(a.values) + len(b.values)
-    if not (len(a.values) and len(b.values)):
-        return _Row(*comparison, "median_difference", unknown, unknown, unknown, unknown, n)
-    value = float(np.median(a.values) - np.median(b.values))
-    if min(len(a.values), len(b.values)) < 2:
-        return _Row(*comparison, "median_difference", value, unknown, unknown, unknown, n)
+    """Mean over the pairs of samples of the difference of their medians, where both have values."""
+    unknown, statistic = float("nan"), "median_difference"
+    known = [(a, b) for a, b in pairs if len(a.values) and len(b.values)]
+    n = sum(len(a.values) + len(b.values) for a, b in known or pairs)
+    if not known:
+        return _Row(*comparison, statistic, unknown, unknown, unknown, unknown, n)
+    value = float(np.mean([np.median(a.values) - np.median(b.values) for a, b in known]))
+    if min(len(sample.values) for pair in known for sample in pair) < 2:
+        return _Row(*comparison, statistic, value, unknown, unknown, unknown, n)
     # Each side's resamples as much wider as its own number of latents needs.
-    apart = _widened(a, config.confidence) - _widened(b, config.confidence)
+    apart = np.mean(
+        [_widened(a, config.confidence) - _widened(b, config.confidence) for a, b in known], axis=0
+    )
     lo, hi = percentile_interval(apart, config.confidence)
-    p = 1.0
-    if np.ptp(np.concatenate([a.values, b.values])):
-        p = p_value(stats.mannwhitneyu(a.values, b.values, method="asymptotic"))
-    return _Row(*comparison, "median_difference", value, lo, hi, p, n)
+    return _Row(*comparison, statistic, value, lo, hi, _rank_test(known), n)
+
+
+def _rank_test(pairs: Sequence[tuple[_Sample, _Sample]]) -> float:
+    """The p-value of no difference in any pair; several Mann-Whitney tests are combined."""
+    varied = [(a, b) for a, b in pairs if np.ptp(np.concatenate([a.values, b.values]))]
+    if not varied:
+        return 1.0
+    if len(varied) == 1:
+        a, b = varied[0]
+        return p_value(stats.mannwhitneyu(a.values, b.values, method="asymptotic"))
+    above = [
+        p_value(
+            stats.mannwhitneyu(
+                a.values, b.values, alternative="greater", method="asymptotic", use_continuity=False
+            )
+        )
+        for a, b in varied
+    ]
+    inside = np.clip(above, 1e-15, 1 - 1e-15)  # 0 and 1 together would have no sum
+    weights = [np.sqrt(len(a.values) + len(b.values)) for a, b in varied]
+    one_sided = p_value(stats.combine_pvalues(inside, method="stouffer", weights=weights))
+    return min(1.0, 2 * min(one_sided, 1 - one_sided))

@@ -1,12 +1,13 @@
 """Which windows and which latents are drawn; every draw is a hash under an address."""
 
+from autointerp_dagster.core.sampling.bands import quantile_bands
 from autointerp_dagster.core.sampling.draws import (
+    BY_STRENGTH,
     Strategy,
     draw_ranks,
     latent_keys,
     may_be_drawn,
     order_within,
-    quantile_bands,
     ranks_within,
     sorted_keys,
     strength_ranks,
@@ -21,6 +22,7 @@ from autointerp_dagster.core.sampling.latents import (
 )
 
 __all__ = [
+    "BY_STRENGTH",
     "N_DONORS",
     "Strategy",
     "donors_of",

@@ -9,13 +9,15 @@ from typing import Literal
 
 import numpy as np
 import polars as pl
-from jaxtyping import Bool, Float32, Int64, UInt64
+from jaxtyping import Bool, Float32, Int, Int64, UInt64
 
 from autointerp_dagster.core.grouping import number_in_group
 from autointerp_dagster.core.rng import address_key
 from autointerp_dagster.core.types import LayerKey
 
 Strategy = Literal["quantiles", "random", "top", "mix"]
+BY_STRENGTH: tuple[Strategy, ...] = ("top", "mix")
+"""Strategies that ask how strong a window is beyond its quantile."""
 
 _TOP_SHARE_OF_MIX = 5  # one in five
 _ROWS_AT_ONCE = 8192  # keys that the sort finds in the processor's nearest memory
@@ -114,26 +116,11 @@ def strength_ranks(
     return ranks_within(latent, priority, (int(bits.max(initial=0)) - bits) // scale)
 
 
-def quantile_bands(
-    latent: Int64[np.ndarray, " window"], strength: Int64[np.ndarray, " window"], n_quantiles: int
-) -> Int64[np.ndarray, " window"]:
-    """The quantile of each window, 0 strongest: bands of equal count within a latent.
-
-    ``strength`` ranks all of the latent's windows. Where the count is no multiple of
-    ``n_quantiles``, the larger bands are spread; fewer windows than bands leave bands empty.
-    """
-    if not len(latent):
-        return strength
-    # Exact: a quotient that is no whole number is further from one than a float rounds.
-    share = strength * float(n_quantiles) / np.bincount(latent)[latent]
-    return share.astype(np.int64)
-
-
 def draw_ranks(
     strategy: Strategy,
     group: Int64[np.ndarray, " window"],
-    quantile: Int64[np.ndarray, " window"],
-    strength: Int64[np.ndarray, " window"],
+    quantile: Int[np.ndarray, " window"],
+    strength: Int64[np.ndarray, " window"] | None,
     priority: UInt64[np.ndarray, " window"],
     n_wanted: Int64[np.ndarray, " window"],
 ) -> Int64[np.ndarray, " window"]:
@@ -146,12 +133,12 @@ def draw_ranks(
     * ``mix``: the strongest fifth of ``n_wanted`` (rounded up), then as ``quantiles``.
 
     A group is one latent's windows of one split; ``n_wanted`` is the same for all of its rows, and
-    a group with fewer rows is drawn whole.
+    a group with fewer rows is drawn whole. ``strength`` is the order of a group's windows, 0 the
+    strongest; null for a strategy that is not of :data:`BY_STRENGTH`.
     """
-    n_quantiles = int(quantile.max(initial=0)) + 1
     turn = _turns(strategy, group, quantile, strength, priority, n_wanted)
+    rows = _in_reach(group, turn, n_wanted, int(quantile.max(initial=0)) + 1)
     ranks = np.full(len(group), -1, dtype=np.int64)
-    rows = np.flatnonzero(_in_reach(group, turn, n_wanted, n_quantiles))
     ranks[rows] = ranks_within(group[rows], priority[rows], turn[rows])
     ranks[ranks >= n_wanted] = -1
     return ranks
@@ -160,33 +147,46 @@ def draw_ranks(
 def _turns(
     strategy: Strategy,
     group: Int64[np.ndarray, " window"],
-    quantile: Int64[np.ndarray, " window"],
-    strength: Int64[np.ndarray, " window"],
+    quantile: Int[np.ndarray, " window"],
+    strength: Int64[np.ndarray, " window"] | None,
     priority: UInt64[np.ndarray, " window"],
     n_wanted: Int64[np.ndarray, " window"],
 ) -> Int64[np.ndarray, " window"]:
     """Windows of an earlier turn are drawn first; within a turn the priority decides."""
-    by_quantile = group * (int(quantile.max(initial=0)) + 1) + quantile
-    match strategy:
-        case "random":
-            return np.zeros(len(group), dtype=np.int64)
-        case "top":
-            return ranks_within(group, priority, strength)
-        case "quantiles":
-            return ranks_within(by_quantile, priority)
-        case "mix":
-            n_top = -(-n_wanted // _TOP_SHARE_OF_MIX)
-            others = np.flatnonzero(ranks_within(group, priority, strength) >= n_top)
-            turn = np.zeros(len(group), dtype=np.int64)
-            turn[others] = 1 + ranks_within(by_quantile[others], priority[others])
-            return turn
+    if strategy == "random":
+        return np.zeros(len(group), dtype=np.int64)
+    if strategy == "quantiles":
+        return _turns_by_quantile(group, quantile, priority)
+    if strength is None:
+        raise ValueError(f"draw_ranks: strategy {strategy!r} goes by strength, got none.")
+    place = ranks_within(group, priority, strength)
+    if strategy == "top":
+        return place
+    others = np.flatnonzero(place >= -(-n_wanted // _TOP_SHARE_OF_MIX))
+    turn = np.zeros(len(group), dtype=np.int64)
+    turn[others] = 1 + _turns_by_quantile(group[others], quantile[others], priority[others])
+    return turn
 
 
-def _early_turns(
-    n_wanted: Int64[np.ndarray, " window"], n_quantiles: int
+def _turns_by_quantile(
+    group: Int64[np.ndarray, " window"],
+    quantile: Int[np.ndarray, " window"],
+    priority: UInt64[np.ndarray, " window"],
 ) -> Int64[np.ndarray, " window"]:
-    """Twice as many turns as are needed if no quantile is short."""
-    return 2 * -(-n_wanted // n_quantiles)
+    """How many of the same group and quantile have a smaller priority."""
+    band = quantile.astype(np.int64)
+    order = order_within(group, priority, band)
+    band += group * (int(band.max(initial=0)) + 1)
+    turn = np.empty(len(group), dtype=np.int64)
+    turn[order] = number_in_group(band[order])
+    return turn
+
+
+def _turns_needed(
+    n_wanted: Int64[np.ndarray, " any"], n_quantiles: int
+) -> Int64[np.ndarray, " any"]:
+    """As many as are needed if no quantile is short."""
+    return -(-n_wanted // n_quantiles)
 
 
 def _in_reach(
@@ -194,19 +194,26 @@ def _in_reach(
     turn: Int64[np.ndarray, " window"],
     n_wanted: Int64[np.ndarray, " window"],
     n_quantiles: int,
-) -> Bool[np.ndarray, " window"]:
-    """False for windows whose turn cannot come; saves sorting most windows of a frequent latent.
+) -> Int64[np.ndarray, " reached"]:
+    """Windows whose turn can come; saves sorting most windows of a frequent latent.
 
-    Where the early turns hold enough windows the later ones are out of reach.
+    Where the turns up to one hold enough windows, later ones are out of reach. So is a turn that as
+    many as are wanted have come before.
     """
-    early = turn < _early_turns(n_wanted, n_quantiles)
-    n_early = np.bincount(group, weights=early)[group] if len(group) else n_wanted
-    return early | (n_early < n_wanted)
+    n_turns = _turns_needed(n_wanted, n_quantiles)
+    is_reached, rows = np.zeros(len(group), dtype=bool), np.arange(len(group))
+    for last in (n_turns, 2 * n_turns, n_wanted + 1):
+        is_early = turn[rows] < last[rows]
+        n_early = np.bincount(group[rows], weights=is_early)[group[rows]] if len(rows) else rows
+        is_done = (n_early >= n_wanted[rows]) | (last[rows] > n_wanted[rows])
+        is_reached[rows[is_early & is_done]] = True
+        rows = rows[~is_done]
+    return np.flatnonzero(is_reached)
 
 
 def may_be_drawn(
     group: Int64[np.ndarray, " window"],
-    quantile: Int64[np.ndarray, " window"],
+    quantile: Int[np.ndarray, " window"],
     priority: UInt64[np.ndarray, " window"],
     n_wanted: Int64[np.ndarray, " group"],
     n_quantiles: int,
@@ -215,7 +222,7 @@ def may_be_drawn(
     """False for windows that :func:`draw_ranks` by ``quantiles`` does not draw, whoever else goes.
 
     Most windows of a frequent latent have a priority that says so, and need not be ranked: of m
-    uniform priorities fewer than n lie below (n + 6 sqrt(n) + 6) / m with chance 1e-8, and groups
+    uniform priorities fewer than n lie below (n + 5 sqrt(n) + 5) / m with chance 1e-4, and groups
     where that happens, or whose quantiles are short, are kept whole.
 
     Args:
@@ -228,13 +235,16 @@ def may_be_drawn(
     """
     cell = group * n_quantiles + quantile
     count = np.bincount(cell, minlength=len(n_wanted) * n_quantiles)
-    early = np.repeat(_early_turns(n_wanted, n_quantiles), n_quantiles)
-    share = (early + 6 * np.sqrt(early) + 6) / np.maximum(count, 1)
-    below = (np.minimum(share, 0.5) * 2.0**64).astype(np.uint64)
-    below[share >= 0.5] = np.iinfo(np.uint64).max
+    early = np.repeat(_turns_needed(n_wanted, n_quantiles), n_quantiles)
+    share = (early + 5 * np.sqrt(early) + 5) / np.maximum(count, 1)
+    below = (np.minimum(share, 0.75) * 2.0**64).astype(np.uint64)
+    below[share >= 0.75] = np.iinfo(np.uint64).max
     kept = priority <= below[cell]
     n_near = np.bincount(cell[kept & ~may_go], minlength=len(count))
     n_early = np.minimum(n_near, early).reshape(-1, n_quantiles)
     is_short = (n_early < early.reshape(-1, n_quantiles)) & (n_early < count.reshape(n_early.shape))
     enough = (n_early.sum(axis=1) >= n_wanted) & ~is_short.any(axis=1)
-    return kept | may_go | ~enough[group]
+    kept |= may_go
+    if not enough.all():
+        kept |= ~enough[group]
+    return kept

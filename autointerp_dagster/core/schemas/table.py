@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import polars as pl
+from jaxtyping import Bool
 
 from autointerp_dagster.core.types import LayerKey
 
@@ -69,15 +71,28 @@ def _ascends(frame: pl.DataFrame, key: Sequence[str]) -> bool:
     """Whether each row comes after the one before it, by the first of the columns that differs."""
     if frame.height < 2:
         return True
-    tied = pl.repeat(True, frame.height - 1, dtype=pl.Boolean, eager=True)
+    tied = np.ones(frame.height - 1, dtype=bool)
     for name in key:
-        column = frame.get_column(name)
-        last, here = column.head(-1), column.slice(1)
-        same = here.eq_missing(last)
-        rows = (tied & ~same).arg_true()  # few but for the last columns of a key
-        last, here = last.gather(rows), here.gather(rows)
-        is_after = (here > last) | (here.is_null() & last.is_not_null())
-        if not is_after.fill_null(False).all():
+        is_same, is_after = _compared(frame.get_column(name), tied)
+        if not is_after:
             return False
-        tied &= same
+        tied &= is_same
     return not tied.any()
+
+
+def _compared(
+    column: pl.Series, tied: Bool[np.ndarray, " pair"]
+) -> tuple[Bool[np.ndarray, " pair"], bool]:
+    """Which values are like the one before, and whether all others of the tied pairs ascend."""
+    if column.dtype.is_integer() and not column.null_count():
+        values = column.to_numpy()
+        is_same = values[1:] == values[:-1]
+        return is_same, bool((is_same | ~tied | (values[1:] > values[:-1])).all())
+    last, here = column.head(-1), column.slice(1)
+    is_same = here.eq_missing(last).to_numpy()
+    rows = np.flatnonzero(tied & ~is_same)  # few: a column that is no number has long runs
+    if not len(rows):
+        return is_same, True
+    last, here = last.gather(rows), here.gather(rows)
+    is_after = (here > last) | (here.is_null() & last.is_not_null())
+    return is_same, bool(is_after.fill_null(False).all())

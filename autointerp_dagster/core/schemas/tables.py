@@ -280,7 +280,7 @@ LAYER_METRICS = Table(
 STUDY_METRICS = Table(
     "study_metrics",
     {
-        "comparison": pl.String,  # subject, explainer, scorer, layer, matched, cost
+        "comparison": pl.String,  # subject, explainer, scorer, layer, coder, matched, cost
         "a": pl.String,
         "b": pl.String,
         "explainer": pl.String,

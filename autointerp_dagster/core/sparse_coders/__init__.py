@@ -1,17 +1,33 @@
 """Sparse coders: from a vector of the subject model to the few latents that fire on it."""
 
-from autointerp_dagster.core.sparse_coders.coders import Computing, JumpReLUCoder, TopKCoder
+from autointerp_dagster.core.sparse_coders.inputs import InputNorm
+from autointerp_dagster.core.sparse_coders.linear import Computing, LinearCoder, Precision
 from autointerp_dagster.core.sparse_coders.protocol import (
     PlacedCoder,
     SparseActivations,
     SparseCoder,
 )
+from autointerp_dagster.core.sparse_coders.rule import (
+    Activation,
+    Gated,
+    GroupMax,
+    ReLU,
+    Threshold,
+    TopK,
+)
 
 __all__ = [
+    "Activation",
     "Computing",
-    "JumpReLUCoder",
+    "Gated",
+    "GroupMax",
+    "InputNorm",
+    "LinearCoder",
     "PlacedCoder",
+    "Precision",
+    "ReLU",
     "SparseActivations",
     "SparseCoder",
-    "TopKCoder",
+    "Threshold",
+    "TopK",
 ]

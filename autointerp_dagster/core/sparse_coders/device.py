@@ -2,11 +2,13 @@
 
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
+from autointerp_dagster.core.sparse_coders.inputs import Inputs
 from autointerp_dagster.core.sparse_coders.protocol import SparseActivations
 from autointerp_dagster.core.sparse_coders.rule import Rule
 
@@ -25,18 +27,21 @@ class DeviceEncoder:
         self,
         encode_block: Callable[[Float[Tensor, "token d_in"]], SparseActivations],
         token_block: int,
+        precision: str,
     ) -> None:
         """Keep the parts.
 
         Args:
             encode_block: Encodes some tokens at once.
             token_block: How many, >= 1. Halved, and kept so, whenever there is no memory for it.
+            precision: Of the product, to be recorded.
         """
         self._encode_block, self._token_block = encode_block, token_block
+        self._precision = precision
 
     def describe(self) -> dict[str, object]:
         """How it computes, to be recorded."""
-        return {"token_block": self._token_block}
+        return {"precision": self._precision, "token_block": self._token_block}
 
     def encode(self, x: Float[Tensor, "token d_in"]) -> SparseActivations:
         """What fires on each token.
@@ -84,10 +89,21 @@ def token_block_of(device: torch.device, num_latents: int, itemsize: int) -> int
     return max(1, int(free * _MEMORY_SHARE) // (_COPIES * itemsize * num_latents))
 
 
+class _Chosen(NamedTuple):
+    """What may fire: some places, with their latents and pre-activations."""
+
+    pre: Float[Tensor, "token place"]
+    """Of a gated coder the products."""
+    latent: Int64[Tensor, "token place"] | None
+    """Null: a place for each latent."""
+    fires: Bool[Tensor, "token place"]
+    """True for NaN, too: infinities of both signs."""
+
+
 def block_encoder(
     weight: Float[Tensor, "num_latents d_in"],
     bias: Float32[Tensor, " num_latents"],
-    centre: Float32[Tensor, " d_in"],
+    inputs: Inputs,
     rule: Rule,
     compiled: bool,
 ) -> Callable[[Float[Tensor, "token d_in"]], SparseActivations]:
@@ -97,39 +113,46 @@ def block_encoder(
         weight: Its type is that of the product: bfloat16 uses tensor cores, and rounds every
             pre-activation to bfloat16; float32 is several times slower.
         bias: Added to the product.
-        centre: Taken off the input first, in float32.
+        inputs: What is done to a vector first, in its own type.
         rule: Which latents fire.
         compiled: Whether ``torch.compile`` is to fuse what stands around the product.
     """
     typed_bias = bias.to(weight.dtype)
 
-    def pre_activations(x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token num_latents"]:
-        return torch.addmm(typed_bias, (x.float() - centre).to(weight.dtype), weight.T)
+    def choose(x: Float[Tensor, "token d_in"]) -> _Chosen:
+        rows = inputs.prepared(x).to(weight.dtype)
+        if rule.gated is not None:
+            product = rows @ weight.T
+            return _Chosen(product, None, ~(product + typed_bias <= 0))
+        pre = torch.addmm(typed_bias, rows, weight.T)
+        if rule.k is None:
+            return _Chosen(pre, None, ~(pre <= (0.0 if rule.threshold is None else rule.threshold)))
+        return _largest(pre, rule.k, rule.n_groups)
 
-    def largest(x: Float[Tensor, "token d_in"]) -> tuple[Tensor, Tensor]:
-        values, latents = pre_activations(x).topk(rule.k or 1, dim=-1, sorted=False)
-        return values.float(), latents
+    run = torch.compile(choose) if compiled else choose
 
-    def above(x: Float[Tensor, "token d_in"]) -> tuple[Tensor, Tensor]:
-        found = pre_activations(x)
-        floor = 0.0 if rule.threshold is None else rule.threshold
-        return found, ~(found <= floor)  # NaN, too: infinities of both signs
+    def encode(x: Float[Tensor, "token d_in"]) -> SparseActivations:
+        pre, latents, fires = run(x)
+        token, place = torch.nonzero(fires, as_tuple=True)
+        latent = place if latents is None else latents[token, place]
+        value = pre[token, place].float()
+        if rule.gated is not None:
+            value = rule.gated.scale[latent] * value + rule.gated.bias[latent]
+            fires = ~(value <= 0)
+            token, latent, value = token[fires], latent[fires], value[fires]
+        # A sum that overflowed counts as infinite, as on a CPU, and is refused where it is kept.
+        return SparseActivations(token, latent, value.masked_fill(value.isnan(), torch.inf))
 
-    run = torch.compile(above if rule.k is None else largest) if compiled else None
-
-    def encode_largest(x: Float[Tensor, "token d_in"]) -> SparseActivations:
-        values, latents = (run or largest)(x)
-        token, slot = torch.nonzero(~(values <= 0), as_tuple=True)
-        return SparseActivations(token, latents[token, slot], _never_nan(values[token, slot]))
-
-    def encode_above(x: Float[Tensor, "token d_in"]) -> SparseActivations:
-        values, fires = (run or above)(x)
-        token, latent = torch.nonzero(fires, as_tuple=True)
-        return SparseActivations(token, latent, _never_nan(values[token, latent].float()))
-
-    return encode_above if rule.k is None else encode_largest
+    return encode
 
 
-def _never_nan(values: Float32[Tensor, " nnz"]) -> Float32[Tensor, " nnz"]:
-    """A sum that overflowed counts as infinite, as on a CPU, and is refused where it is kept."""
-    return values.masked_fill(values.isnan(), torch.inf)
+def _largest(pre: Float[Tensor, "token num_latents"], k: int, n_groups: int) -> _Chosen:
+    """The k largest of each group."""
+    if n_groups == 1:
+        values, latents = pre.topk(k, dim=-1, sorted=False)
+    else:
+        groups = pre.unflatten(-1, (n_groups, -1))
+        values, within = groups.topk(k, dim=-1, sorted=False)
+        first = torch.arange(n_groups, device=pre.device) * groups.shape[-1]
+        values, latents = values.flatten(1), (within + first[:, None]).flatten(1)
+    return _Chosen(values, latents, ~(values <= 0))

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
+from autointerp_dagster.core.sparse_coders.inputs import Inputs
 from autointerp_dagster.core.sparse_coders.protocol import SparseActivations
 from autointerp_dagster.core.sparse_coders.rule import Rule
 from autointerp_dagster.core.sparse_coders.screen import Linear, Pairs, Screen, Screened, exact
@@ -54,24 +55,29 @@ def has_fast_bfloat16() -> bool:
 class HostEncoder:
     """Finds what fires on each token, with memory that does not grow with tokens times latents.
 
-    Either the k largest pre-activations above zero, or all that exceed their latent's threshold.
-    Which these are, and their values to the last bit, depends on the token and the weights alone:
-    on no block, no other token, and not on the screen.
+    Which latents these are, and their values to the last bit, depends on the token and the weights
+    alone: on no block, no other token, and not on the screen.
     """
 
     def __init__(
-        self, linear: Linear, rule: Rule, screen: ScreenChoice, block_elements: int | None
+        self,
+        linear: Linear,
+        inputs: Inputs,
+        rule: Rule,
+        screen: ScreenChoice,
+        block_elements: int | None,
     ) -> None:
         """Choose the screens; each is made when it is first needed.
 
         Args:
             linear: The encoder.
+            inputs: What is done to a vector first.
             rule: Which latents fire.
             screen: What to score all latents in. Automatic: bfloat16 where the hardware has it and
                 the encoder is large enough to pay.
             block_elements: Most scores that exist at once; null: what suits a CPU's cache.
         """
-        self._linear, self._rule = linear, rule
+        self._linear, self._inputs, self._rule = linear, inputs, rule
         if screen == "auto":
             pays = linear.weight.numel() >= _MIN_WORTH and has_fast_bfloat16()
             screen = "bfloat16" if pays else "float32"
@@ -91,7 +97,7 @@ class HostEncoder:
             undecided = [left[:0]]
             for start in range(0, left.size, look.n_tokens):
                 tokens = left[start : start + look.n_tokens]
-                rows = x[torch.from_numpy(tokens)].float() - self._linear.centre
+                rows = self._inputs.prepared(x[torch.from_numpy(tokens)])
                 screened = self._screened(rows, look)
                 found.append(self._fires(rows, tokens, screened.candidates))
                 undecided.append(tokens[screened.undecided])
@@ -100,7 +106,7 @@ class HostEncoder:
 
     def _looks(self) -> list[_Look]:
         """From cheap to sure: the last but one takes few tokens at once, the last a single one."""
-        num_latents, at_least = len(self._linear.weight), 8 * (self._rule.k or 1)
+        num_latents, at_least = len(self._linear.weight), 8 * (self._rule.most or 1)
         n_tokens = max(_TOKEN_BLOCK, self._block_elements // num_latents)
         most = max(at_least, _MAX_PAIRS // n_tokens)
         looks = [
@@ -119,21 +125,46 @@ class HostEncoder:
             row = np.repeat(np.arange(len(rows)), num_latents)
             return Screened(Pairs(row, np.tile(np.arange(num_latents), len(rows))), row[:0])
         if dtype not in self._screens:
-            self._screens[dtype] = Screen(self._linear, self._rule.threshold, dtype)
+            self._screens[dtype] = Screen(self._linear, self._rule, dtype)
         latent_block = max(self._rule.k or 1, self._block_elements // max(len(rows), _TOKEN_BLOCK))
-        return self._screens[dtype].candidates(rows, self._rule.k, latent_block, look.most)
+        return self._screens[dtype].candidates(rows, latent_block, look.most)
 
     def _fires(
         self, rows: Float32[Tensor, "row d_in"], tokens: Int64[np.ndarray, " row"], pairs: Pairs
     ) -> _Found:
-        value = exact(self._linear, rows, pairs)
-        value[np.isnan(value)] = np.inf  # infinities of both signs: never to be passed over
-        threshold = self._rule.threshold
-        fires = value > (0.0 if threshold is None else threshold.numpy()[pairs.latent])
-        row, latent, value = pairs.row[fires], pairs.latent[fires], value[fires]
-        if self._rule.k is not None:
-            row, latent, value = _largest(row, latent, value, self._rule.k)
-        return _Found(tokens[row], latent, value)
+        weight, bias = self._linear
+        rule, (row, latent) = self._rule, pairs
+        product = exact(weight, rows, pairs)
+        value = _never_nan(product + bias[torch.from_numpy(latent)])
+        if rule.gated is not None:
+            is_open = value > 0
+            row, latent = row[is_open], latent[is_open]
+            index = torch.from_numpy(latent)
+            scaled = product[torch.from_numpy(is_open)] * rule.gated.scale[index]
+            value = _never_nan(scaled + rule.gated.bias[index])
+        fires = value > (0.0 if rule.threshold is None else rule.threshold.numpy()[latent])
+        found = _Found(row[fires], latent[fires], value[fires])
+        if rule.n_groups > 1:
+            found = _largest_of_groups(found, len(weight) // rule.n_groups)
+        elif rule.k is not None:
+            found = _largest(*found, rule.k)
+        return found._replace(token=tokens[found.token])
+
+
+def _never_nan(value: Float32[Tensor, " pair"]) -> Float32[np.ndarray, " pair"]:
+    """Infinite where infinities of both signs were added, so that it is never passed over."""
+    return value.masked_fill(value.isnan(), torch.inf).numpy()
+
+
+def _largest_of_groups(found: _Found, size: int) -> _Found:
+    """The largest value of each group of ``size`` latents; among equal ones the lowest latent."""
+    token, latent, value = found
+    group = latent // size
+    order = np.lexsort((latent, -value, group, token))
+    token, group = token[order], group[order]
+    is_first = (np.diff(token, prepend=-1) != 0) | (np.diff(group, prepend=-1) != 0)
+    first = order[is_first]
+    return _Found(found.token[first], latent[first], value[first])
 
 
 def _largest(
