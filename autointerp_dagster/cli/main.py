@@ -1,4 +1,4 @@
-"""The commands: run, plan, judge, batch export, batch import, status, why, compare."""
+"""The commands: run, plan, judge, status, why, compare; and batch."""
 
 import logging
 import sys
@@ -30,7 +30,8 @@ from autointerp_dagster.cli.shared import (
     study_of,
 )
 from autointerp_dagster.cli.status import print_status
-from autointerp_dagster.cli.why import walk_score
+from autointerp_dagster.cli.walk import SHOWN_WINDOWS, walk_latent
+from autointerp_dagster.cli.why import print_walk, walk_as_json
 from autointerp_dagster.core.errors import StudyError
 from autointerp_dagster.resources.calibrating import N_WINDOWS, calibrate
 from autointerp_dagster.resources.comparing import compare_scores, rate_scores, read_scores
@@ -163,13 +164,29 @@ def why(
         str | None,
         typer.Option(help="Path of an older score manifest in the store; the newest by default."),
     ] = None,
+    windows: Annotated[
+        int, typer.Option(min=0, help="Windows to walk, of each explainer and subject.")
+    ] = SHOWN_WINDOWS,
+    as_json: JsonOption = False,
 ) -> None:
     """Walk a score back to the prompt, the windows, the documents and the weights that made it.
 
     Reads the store alone: it works when Dagster's event log is gone, and for superseded scores.
     """
     loaded = study_of(study)
-    walk_score(loaded, StoreResource().of(loaded), layer, latent, scorer, manifest, console)
+    walk = walk_latent(
+        loaded,
+        StoreResource().of(loaded),
+        layer,
+        latent,
+        scorer=scorer,
+        manifest=manifest,
+        n_windows=windows,
+    )
+    if as_json:
+        typer.echo(walk_as_json(walk))
+    else:
+        print_walk(loaded, walk, console)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """The commands, on a study that is done."""
 
 import io
+import json
 import re
 
 import polars as pl
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from autointerp_dagster.cli import app
 from autointerp_dagster.cli.report import print_report
-from autointerp_dagster.cli.why import Walk
+from autointerp_dagster.cli.walk import Walk
 
 
 def invoke(*arguments):
@@ -51,6 +52,43 @@ def test_why_walks_to_documents_prompts_and_weights(small):
     assert "promoted by the decoder: '" in answer.stdout
     assert "Description:" in answer.stdout
     assert f"explanation of latent {row['explanation_of']} (other)" in answer.stdout
+
+
+def test_the_walk_as_json_and_on_the_terminal_are_one(small):
+    row = scored_latent(small)
+    asked = ("why", small.path, f"{row['coder']}@{row['hookpoint']}", row["latent"])
+    walk, shown = json.loads(invoke(*asked, "--json").stdout), invoke(*asked).stdout
+    scores, explained = walk["scores"], [e for s in walk["scores"] for e in s["explained"]]
+    windows = [window for e in explained for window in e["windows"]]
+    calls = [c for c in (*(e["written_by"] for e in explained), *(w["judged_by"] for w in windows))
+             if c is not None]  # fmt: skip
+    made = [m for s in scores for m in (s["made"], *s["made_from"])]
+    assert {s["made"]["asset"] for s in scores} == {"score_detection", "score_fuzzing"}
+    assert windows
+    assert {m["manifest"] for m in made} == set(re.findall(r"\w+/[0-9a-f]{32}/\w+\.json", shown))
+    assert {c["call_id"] for c in calls} == set(re.findall(r" by call (\w+)", shown))
+    assert [str(w["window_id"]) for w in windows] == re.findall(r" window (\d+) \(", shown)
+    assert [w["document"] for w in windows] == re.findall(r"of document '([^']+)'", shown)
+    assert {f"{name}: hash {v}" for s in scores for name, v in s["external"].items()} == set(
+        re.findall(r"\w+ [\w@.]+: hash \w+", shown)
+    )
+    assert all(repr(e["explanation"]) in shown for e in explained)
+    assert all(repr(c["messages"][-1]["content"])[:100] in shown for c in calls)
+    assert all(f"answered: {c['answer']!r}" in shown for c in calls)
+    (activations,) = [s["activations"] for s in scores if s["activations"] is not None]
+    assert f"fires on {activations['row']['n_tokens']:,} of {activations['n_kept']:,}" in shown
+    assert activations["manifest"] in {m["manifest"] for m in made}
+
+
+def test_as_many_windows_are_walked_as_are_asked_for(small):
+    row = scored_latent(small)
+    layer = f"{row['coder']}@{row['hookpoint']}"
+    asked = ("why", small.path, layer, row["latent"], "--scorer", "detection", "--json")
+    for n in (0, 10**6):
+        (score,) = json.loads(invoke(*asked, "--windows", n).stdout)["scores"]
+        for explained in score["explained"]:
+            assert len(explained["windows"]) == min(n, explained["n_windows"])
+            assert explained["n_windows"] > 4
 
 
 def test_why_still_explains_an_old_score_after_a_newer_run(world, server, tmp_path, instance):
