@@ -1,4 +1,4 @@
-"""The commands: run, plan, judge, status, why, compare; and batch."""
+"""The commands: run, plan, judge, status, stale, why, compare; and batch."""
 
 import logging
 import sys
@@ -29,6 +29,7 @@ from autointerp_dagster.cli.shared import (
     plain_errors,
     study_of,
 )
+from autointerp_dagster.cli.stale import print_stale, stale_as_json
 from autointerp_dagster.cli.status import print_status
 from autointerp_dagster.cli.walk import SHOWN_WINDOWS, walk_latent
 from autointerp_dagster.cli.why import print_walk, walk_as_json
@@ -37,6 +38,7 @@ from autointerp_dagster.resources.calibrating import N_WINDOWS, calibrate
 from autointerp_dagster.resources.comparing import compare_scores, rate_scores, read_scores
 from autointerp_dagster.resources.planning import plan_study
 from autointerp_dagster.resources.progress import on_terminal
+from autointerp_dagster.resources.staleness import out_of_date
 from autointerp_dagster.resources.store import StoreResource
 
 app = typer.Typer(
@@ -62,6 +64,10 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be materialized, and stop.")
     ] = False,
+    stale: Annotated[
+        bool,
+        typer.Option("--stale", help="Only what `autointerp stale` lists; look at nothing else."),
+    ] = False,
     replay: Annotated[
         bool,
         typer.Option(
@@ -75,20 +81,24 @@ def run(
     What the store already holds is linked, not computed again. Killed at any moment, the same
     command goes on where it stopped. The runs show in the UI as well.
 
+    With --stale, only the places that are out of date, and those that follow, are looked at.
+
     With --replay, rows whose call the journal lacks have the reason not_recorded, and their cells
     count as cut short: a later run makes them whole.
     """
     loaded = study_of(study)
     selection = Selection.of(loaded, layers, ranges, until)
+    store = StoreResource().of(loaded)
+    only = {one.name for one in out_of_date(loaded, store)} if stale else None
     if dry_run:
-        print_dry_run(loaded, selection, console)
+        print_dry_run(loaded, selection, console, only)
         return
     logging.getLogger("autointerp_dagster").addHandler(_ConsoleLines())
     logging.getLogger("autointerp_dagster").setLevel(logging.INFO)
     transformers.logging.disable_progress_bar()
-    store = StoreResource().of(loaded)
+    mode = "replay" if replay else "record"
     with dagster_instance() as instance:
-        budget = materialize(loaded, selection, instance, "replay" if replay else "record")
+        budget = materialize(loaded, selection, instance, mode, only)
     if selection.is_whole(loaded):
         print_report(loaded, store, console)
     print_outcome(loaded, selection, store, budget, console)
@@ -151,6 +161,22 @@ def status(study: StudyArgument) -> None:
     """Show, for each stage, how many cells are done, cut short, or missing."""
     loaded = study_of(study)
     print_status(loaded, StoreResource().of(loaded), console)
+
+
+@app.command()
+@plain_errors
+def stale(study: StudyArgument, as_json: JsonOption = False) -> None:
+    """List every place that is out of date, and why: what a run would not skip.
+
+    Compares manifests with the study, the models' and coders' files and the code; loads no model,
+    asks nobody and writes nothing. A place follows if only an input of it is out of date.
+    """
+    loaded = study_of(study)
+    found = out_of_date(loaded, StoreResource().of(loaded))
+    if as_json:
+        typer.echo(stale_as_json(loaded, found))
+    else:
+        print_stale(loaded, found, console)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 
 import polars as pl
 import pytest
@@ -118,6 +119,32 @@ def test_status_counts_what_is_done(small):
     n_cells = len(small.study.cells)
     assert re.search(rf"score_detection\W+{n_cells}/{n_cells}", answer.stdout)
     assert re.search(r"study_metrics\W+1/1", answer.stdout)
+
+
+def test_of_a_finished_study_nothing_is_out_of_date(small):
+    answer = invoke("stale", small.path)
+    assert answer.stdout == f"planted: nothing is out of date ({len(small.heads())} places).\n"
+    said = json.loads(invoke("stale", small.path, "--json").stdout)
+    assert said == {"study": "planted", "n_places": len(small.heads()), "out_of_date": []}
+
+
+def test_an_edited_study_is_told_what_it_makes_out_of_date(small, tmp_path):
+    metrics = {"metrics": {"n_bootstrap": 200}}
+    edited = replace(small, folder=tmp_path, overrides={**small.overrides, **metrics})
+    path = edited.path
+    path.write_text(path.read_text().replace(str(tmp_path / "store"), str(small.folder / "store")))
+    shown = invoke("stale", path).stdout
+    assert "parameter: n_bootstrap 100 -> 200" in shown
+    assert "3 by themselves, 0 because" in shown
+    listed = json.loads(invoke("stale", path, "--json").stdout)["out_of_date"]
+    by_asset = {one["asset"]: one for one in listed}
+    assert set(by_asset) == {"layer_metrics", "study_metrics"}
+    (cause,) = [c for c in by_asset["layer_metrics"]["causes"] if c["kind"] == "parameter"]
+    assert (cause["key"], cause["old"], cause["new"]) == ("n_bootstrap", 100, 200)
+    assert by_asset["layer_metrics"]["is_direct"]
+    dry = invoke("run", path, "--stale", "--dry-run").stdout
+    assert re.search(rf"layer_metrics\W+{len(small.study.layer_keys)}\W", dry)
+    assert "score_detection" not in dry
 
 
 def report_of(bench, **limits):
