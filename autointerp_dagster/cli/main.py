@@ -1,4 +1,4 @@
-"""The commands: run, plan, judge, status, stale, why, compare; and batch."""
+"""The commands: run, plan, judge, status, stale, why, compare, verify; and batch."""
 
 import logging
 import sys
@@ -9,6 +9,7 @@ import transformers
 import typer
 
 from autointerp_dagster.adapters.ratings import read_ratings
+from autointerp_dagster.adapters.verifying import discard, verify
 from autointerp_dagster.cli import batch_commands
 from autointerp_dagster.cli.compare import (
     comparison_as_json,
@@ -31,6 +32,7 @@ from autointerp_dagster.cli.shared import (
 )
 from autointerp_dagster.cli.stale import print_stale, stale_as_json
 from autointerp_dagster.cli.status import print_status
+from autointerp_dagster.cli.verify import names_of, print_discarded, print_verified
 from autointerp_dagster.cli.walk import SHOWN_WINDOWS, walk_latent
 from autointerp_dagster.cli.why import print_walk, walk_as_json
 from autointerp_dagster.core.errors import StudyError
@@ -264,6 +266,35 @@ def compare(
         print_comparison(comparison, console)
     for one in rated:
         print_ratings(one, console)
+
+
+@app.command("verify")
+@plain_errors
+def verify_(
+    study: StudyArgument,
+    layers: LayersOption = None,
+    ranges: RangesOption = None,
+    discard_faults: Annotated[
+        bool,
+        typer.Option(
+            "--discard", help="Delete what is damaged, so that `autointerp run` makes it again."
+        ),
+    ] = False,
+) -> None:
+    """Read every file that a study's results rest on, and check it against its checksums.
+
+    Heads, manifests, tables and tensors, down to the tokens, and the journal's answers. Damaged and
+    missing files are listed with the command that makes them again; then the exit code is 1.
+    """
+    loaded = study_of(study)
+    store = StoreResource().of(loaded)
+    names = names_of(loaded, Selection.of(loaded, layers, ranges, None))
+    found = verify(store, loaded.name, names, on_terminal)
+    print_verified(loaded, found, console)
+    if discard_faults:
+        print_discarded(discard(store, found), console)
+    if found.faults:
+        raise typer.Exit(1)
 
 
 class _ConsoleLines(logging.Handler):
