@@ -9,6 +9,7 @@ from pathlib import Path
 
 import dagster as dg
 
+from autointerp_dagster.adapters.study_layers import with_plain_layers
 from autointerp_dagster.assets.activation_cache import build_activation_cache
 from autointerp_dagster.assets.corpus import build_corpus
 from autointerp_dagster.assets.explanations import build_explanations
@@ -107,4 +108,5 @@ def build_definitions(studies: list[Study]) -> dg.Definitions:
 @dg.definitions
 def defs() -> dg.Definitions:
     """The definitions of the studies folder."""
-    return build_definitions(find_studies(Path(os.environ.get("AUTOINTERP_STUDIES", "studies"))))
+    folder = Path(os.environ.get("AUTOINTERP_STUDIES", "studies"))
+    return build_definitions([with_plain_layers(study) for study in find_studies(folder)])

@@ -1,93 +1,134 @@
-"""From token ids back to the pieces of text that they stand for."""
+"""From token ids back to the pieces of text that they stand for, in whatever script.
 
-import codecs
+1. A token is looked up once: the text it adds behind another token, and the text it gives where a
+   sequence begins, which some tokenizers write without its leading space.
+2. A token that is no whole text (a part of a character, a byte) is kept as bytes.
+3. The bytes of a sequence are read as UTF-8; each character stands at the token with its last byte.
+
+A tokenizer whose text does not follow from its tokens one by one (a decoder that looks ahead, or
+code of its own) is asked for the text of every beginning of the sequence instead.
+"""
+
+import json
 import re
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, cached_property
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from tokenizers import decoders
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_TOKENWISE = {"ByteLevel", "ByteFallback", "Metaspace", "WordPiece", "Fuse", "Replace", "Strip"}
+"""Decoders of the ``tokenizers`` library whose text of a token does not depend on later ones."""
+
+
+class _Token(NamedTuple):
+    text: str
+    """What it adds to a text that has begun; empty for a special token."""
+    first: str
+    """What it gives at the beginning of a text."""
+    partial: bytes | None
+    """Its bytes if they need not be whole characters."""
 
 
 class HFDetokenizer:
-    """Pieces of text by a Hugging Face tokenizer; the text of a token is looked up once.
+    """Pieces of text by a Hugging Face tokenizer.
 
-    Byte-level and sentencepiece-like tokenizers are exact: the pieces of a sequence joined are its
-    decoded text. Special tokens are no text: their piece is empty, as in the decoded text.
+    Joined they are the tokenizer's own decoded text, with one exception at the edges of a window
+    that cuts a character in two: the bytes that are left of it become U+FFFD, and only they. (A
+    tokenizer with byte fallback would give one U+FFFD for every byte up to the next token that is
+    none.) Special tokens are no text: their piece is empty, as in the decoded text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._special = frozenset(tokenizer.all_special_ids)
-        self._piece_of: dict[int, str] = {}
-        self._first_piece_of: dict[int, str] = {}
-        # Tokens that may not be whole text by themselves. Special tokens are left out of a text, so
-        # that bytes before and after one meet.
-        self._partial = set(self._special)
+        self._tokens: dict[int, _Token] = {}
+        self._partial: set[int] = set()
+        added = tokenizer.added_tokens_decoder.items()
+        self._special = {token for token, about in added if about.special}
+        self._special.update(tokenizer.all_special_ids)
 
     def pieces(self, tokens: np.ndarray) -> list[str]:
         """One string per token of a sequence ``[position]``; joined they are its text.
 
         A character whose bytes are spread over several tokens stands whole at the last of them;
-        the others are empty strings. Bytes that are no text become U+FFFD.
+        the others are empty strings, or what comes before it. Bytes that are no character become
+        U+FFFD at the last of their tokens.
         """
         ids: list[int] = tokens.tolist()
-        known = self._piece_of
-        pieces = [known[i] if i in known else self._look_up(i) for i in ids]
+        if self._anchor is None:
+            return self._grown(ids)
+        known = self._tokens
+        found = [known[i] if i in known else self._look_up(i) for i in ids]
+        pieces = [token.text for token in found]
         start = next((i for i, token in enumerate(ids) if token not in self._special), None)
-        if start is not None and pieces[start].startswith(" "):
-            pieces[start] = self._look_up_first(ids[start])
-        for first, last in _runs([token in self._partial for token in ids]):
-            pieces[first:last] = self._spread_characters(ids[first:last])
-        return pieces
+        if start is not None:
+            pieces[start] = found[start].first
+        if self._partial.isdisjoint(ids):
+            return pieces
+        contents = [piece.encode() for piece in pieces]
+        for i, token in enumerate(found):
+            if token.partial is not None and (i != start or token.first):
+                contents[i] = token.partial
+        return _characters_at_their_last_byte(contents)
 
-    def _look_up(self, token: int) -> str:
-        """The token's text in the middle of a sequence; notes it if it may be part of a letter."""
-        anchor_ids, anchor = self._anchor
-        piece = self._decode([*anchor_ids, token]).removeprefix(anchor)
-        self._piece_of[token] = piece
-        if _REPLACEMENT in piece or _is_byte(self._tokenizer.convert_ids_to_tokens(token)):
-            self._partial.add(token)
-        return piece
-
-    def _look_up_first(self, token: int) -> str:
-        """The token's text at the start of a sequence, where some tokenizers drop a space."""
-        if token not in self._first_piece_of:
-            self._first_piece_of[token] = self._decode([token])
-        return self._first_piece_of[token]
-
-    def _spread_characters(self, ids: list[int]) -> list[str]:
-        """Pieces of a run of tokens that stand for bytes or parts of letters."""
-        anchor_ids, anchor = self._anchor
-        text = self._decode([*anchor_ids, *ids]).removeprefix(anchor)
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        parts = [self._bytes_of(token) for token in ids]
-        pieces = [decoder.decode(part or b"") for part in parts]
-        pieces[-1] += decoder.decode(b"", final=True)
-        if None in parts or "".join(pieces) != text:
-            return [""] * (len(ids) - 1) + [text]
-        return pieces
-
-    def _bytes_of(self, token: int) -> bytes | None:
-        """The bytes a token stands for; null where the vocabulary does not tell."""
+    def _look_up(self, token: int) -> _Token:
         if token in self._special:
-            return b""
+            found = _Token("", "", None)
+        else:
+            assert self._anchor is not None  # else tokens are never looked up
+            anchor, anchor_text = self._anchor
+            text = self._decode([anchor, token]).removeprefix(anchor_text)
+            found = _Token(text, self._decode([token]), self._bytes_of(token, text))
+            if found.partial is not None:
+                self._partial.add(token)
+        self._tokens[token] = found
+        return found
+
+    def _bytes_of(self, token: int, text: str) -> bytes | None:
+        """The token's bytes if they may be a part of a character; null for whole text."""
         name = self._tokenizer.convert_ids_to_tokens(token)
         if not isinstance(name, str):
             return None
-        if _is_byte(name):
+        if "ByteFallback" in self._decoders and re.fullmatch(r"<0x[0-9A-F]{2}>", name):
             return bytes.fromhex(name[3:-1])
-        values = [_byte_of_letter().get(letter) for letter in name]
-        whole = [value for value in values if value is not None]
-        return bytes(whole) if len(whole) == len(values) else None
+        if "ByteLevel" in self._decoders and _REPLACEMENT in text:
+            byte_of = _byte_of_letter()
+            is_bytes = all(letter in byte_of for letter in name)
+            return bytes(byte_of[letter] for letter in name) if is_bytes else name.encode()
+        return None
+
+    def _grown(self, ids: list[int]) -> list[str]:
+        """What the text of the first tokens has in common with that of all, token by token."""
+        whole = self._decode(ids)
+        texts = [self._decode(ids[:n]) for n in range(1, len(ids))]
+        ends = [_shared(text, whole) for text in texts] + [len(whole)]
+        ends = list(accumulate(ends[: len(ids)], max))
+        return [whole[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
     @cached_property
-    def _anchor(self) -> tuple[list[int], str]:
-        """A token before another, so that the other is not at the start of the text."""
-        ids = self._tokenizer("a", add_special_tokens=False).input_ids
-        return ids, self._decode(ids)
+    def _decoders(self) -> frozenset[str]:
+        """Kinds of the parts that the tokenizer's decoder is made of; empty if it has none."""
+        return frozenset(part["type"] for part in _decoder_parts(self._tokenizer) or ())
+
+    @cached_property
+    def _anchor(self) -> tuple[int, str] | None:
+        """A token to put before another, so that the other does not begin the text, and its text.
+
+        Null if the text of a sequence does not follow from its tokens one by one.
+        """
+        parts = _decoder_parts(self._tokenizer)
+        if parts is None or not all(map(_is_tokenwise, parts)):
+            return None
+        for token in sorted(self._tokenizer.get_vocab().values()):
+            text = "" if token in self._special else self._decode([token])
+            if text.isascii() and text.isalnum() and self._decode([token] * 2).startswith(text):
+                return token, text
+        return None
 
     def _decode(self, ids: Sequence[int]) -> str:
         text = self._tokenizer.decode(
@@ -97,25 +138,73 @@ class HFDetokenizer:
         return text
 
 
-def _is_byte(name: object) -> bool:
-    """Whether a token is a single byte of a sentencepiece vocabulary, such as ``<0x0A>``.
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokenizer's token ids are below it; a model may have more embeddings."""
+    return max(tokenizer.get_vocab().values()) + 1
 
-    Such tokens are decoded as a run, and one stray byte spoils the whole run.
+
+def _decoder_parts(tokenizer: PreTrainedTokenizerBase) -> list[Mapping[str, Any]] | None:
+    """What the decoder of the ``tokenizers`` library is made of; null for a decoder of its own."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return None
+    if type(tokenizer)._decode is not PreTrainedTokenizerFast._decode:
+        return None
+    decoder = tokenizer.backend_tokenizer.decoder
+    if decoder is None:
+        return []
+    if type(decoder) is decoders.Decoder:  # written in Python
+        return None
+    return list(_flat(json.loads(decoder.__getstate__())))
+
+
+def _flat(part: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    if part["type"] == "Sequence":
+        for inner in part["decoders"]:
+            yield from _flat(inner)
+    else:
+        yield part
+
+
+def _is_tokenwise(part: Mapping[str, Any]) -> bool:
+    replaces_more = part["type"] == "Replace" and "String" not in part["pattern"]
+    strips_ends = part["type"] == "Strip" and part["stop"] > 0
+    return part["type"] in _TOKENWISE and not replaces_more and not strips_ends
+
+
+def _shared(a: str, b: str) -> int:
+    """Characters that two texts have in common at their beginning."""
+    unlike = (i for i, (one, other) in enumerate(zip(a, b, strict=False)) if one != other)
+    return next(unlike, min(len(a), len(b)))
+
+
+def _characters_at_their_last_byte(contents: Sequence[bytes]) -> list[str]:
+    """The joined bytes as UTF-8, each character at the part that holds its last byte.
+
+    The longest stretch of bytes that could begin a character but does not is one U+FFFD, any other
+    byte that is no character is one, as in Unicode's recommended practice and in ``bytes.decode``.
     """
-    return isinstance(name, str) and re.fullmatch(r"<0x[0-9A-F]{2}>", name) is not None
+    whole = b"".join(contents)
+    ends = list(accumulate(map(len, contents)))
+    pieces = [""] * len(contents)
+    for character, end in _characters(whole):
+        pieces[bisect_left(ends, end)] += character
+    return pieces
 
 
-def _runs(flags: list[bool]) -> list[tuple[int, int]]:
-    """Maximal runs of true flags as [first, last)."""
-    runs: list[tuple[int, int]] = []
-    for i, flag in enumerate(flags):
-        if not flag:
-            continue
-        if runs and runs[-1][1] == i:
-            runs[-1] = (runs[-1][0], i + 1)
-        else:
-            runs.append((i, i + 1))
-    return runs
+def _characters(content: bytes) -> Iterator[tuple[str, int]]:
+    """Each character with the place after its last byte."""
+    done = 0
+    while done < len(content):
+        try:
+            text, bad = content[done:].decode(), None
+        except UnicodeDecodeError as error:
+            text, bad = content[done : done + error.start].decode(), done + error.end
+        for character in text:
+            done += len(character.encode())
+            yield character, done
+        if bad is not None:
+            done = bad
+            yield _REPLACEMENT, done
 
 
 @cache

@@ -1,4 +1,4 @@
-"""External: the text, versioned by the hash of its documents."""
+"""External: the text, versioned by the hash of its documents or of the files they are in."""
 
 import dagster as dg
 
@@ -11,7 +11,9 @@ def build_corpus(study: Study) -> dg.AssetsDefinition:
     """The asset of one study."""
 
     @observed_asset(study, "corpus")
-    def corpus(corpora: Corpora) -> dg.DataVersion:
-        return dg.DataVersion(corpora.of(study).identity())
+    def corpus(corpora: Corpora) -> dg.ObserveResult:
+        found = corpora.of(study)
+        version = dg.DataVersion(found.identity())
+        return dg.ObserveResult(data_version=version, metadata=dict(found.about()))
 
     return corpus

@@ -5,10 +5,12 @@ from collections.abc import Iterator
 import dagster as dg
 
 from autointerp_dagster.adapters.datasets import write_dataset
-from autointerp_dagster.core.tokens import build_token_dataset
+from autointerp_dagster.adapters.tokenizers import vocabulary_size
+from autointerp_dagster.core.tokens import build_token_dataset, known_tokens
 from autointerp_dagster.partitions import stage_asset
 from autointerp_dagster.resources.corpora import Corpora
 from autointerp_dagster.resources.models import SubjectModels
+from autointerp_dagster.resources.progress import ProgressDisplay
 from autointerp_dagster.resources.store import Commit, StoreResource
 from autointerp_dagster.study import Study
 
@@ -22,6 +24,7 @@ def build_token_dataset_asset(study: Study) -> dg.AssetsDefinition:
         store: StoreResource,
         models: SubjectModels,
         corpora: Corpora,
+        progress: ProgressDisplay,
     ) -> Iterator[dg.MaterializeResult]:
         model, corpus = models.of(study), corpora.of(study)
         external = {
@@ -30,14 +33,16 @@ def build_token_dataset_asset(study: Study) -> dg.AssetsDefinition:
         }
         with store.stage(context, study, "token_dataset", external=external) as stage:
             for place in stage.pending():
+                documents = known_tokens(corpus.documents(), vocabulary_size(model.tokenizer))
                 dataset = build_token_dataset(
-                    corpus.documents(), model.encode, model.bos_id, study.tokens
+                    documents, model.encode, model.bos_id, study.tokens, progress.on(context)
                 )
                 summary = {
                     "n_tokens": len(dataset.tokens),
                     "n_contexts": dataset.contexts.height,
                     "n_documents": dataset.documents.height,
                     "n_tokens_by_source": dataset.n_tokens_by_source(),
+                    "corpus": corpus.about(),
                 }
                 stage.commit(place, Commit(write_dataset(stage.store, dataset), summary))
             yield from stage.report()

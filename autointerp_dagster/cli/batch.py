@@ -22,6 +22,7 @@ from autointerp_dagster.adapters.llm.batch.files import (
 )
 from autointerp_dagster.adapters.llm.batch.records import Batch, Outstanding, Question
 from autointerp_dagster.adapters.storage import Store
+from autointerp_dagster.adapters.study_layers import with_plain_layers
 from autointerp_dagster.cli.report import asks_nobody, printable
 from autointerp_dagster.core.config import LocalLLMConfig, RemoteLLMConfig
 from autointerp_dagster.core.errors import StoreError, StudyError
@@ -143,7 +144,7 @@ def readable_studies(folder: Path, console: Console) -> list[Study]:
     studies: list[Study] = []
     for path in sorted(folder.glob("*.yaml")):
         try:
-            studies.append(load_study(path))
+            studies.append(with_plain_layers(load_study(path)))
         except StudyError as error:
             line = (
                 f"Skipped: {path}: {error} If its store asked, mend it, or name one with --study."

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from autointerp_dagster.adapters.llm.batch.files import MAX_BYTES, MAX_REQUESTS
 from autointerp_dagster.adapters.ratings import read_ratings
+from autointerp_dagster.adapters.study_layers import with_plain_layers
 from autointerp_dagster.cli.batch import (
     Limits,
     export_batch,
@@ -343,7 +344,7 @@ def _study(name: str) -> Study:
     if not path.exists():
         known = sorted(found.stem for found in path.parent.glob("*.yaml"))
         raise StudyError(f"{path}: no such study. In {path.parent}/ there are: {known}.")
-    return load_study(path)
+    return with_plain_layers(load_study(path))
 
 
 def _instance() -> dg.DagsterInstance:

@@ -250,6 +250,9 @@ def _add_manifests(tree: Tree, walk: Walk) -> None:
             below.add(f"{manifest.path} version {manifest.stage_version}, run {run}, {when}")
     for name, version in sorted(walk.external.items()):
         branch.add(f"{escape(name)}: hash {version}")
+    tokens = walk.ancestors.get("token_dataset")
+    for key, value in (tokens.summary.get("corpus", {}) if tokens else {}).items():
+        branch.add(f"text: {key} {escape(str(value))}")
 
 
 def _ancestors(store: Store, manifest: Manifest) -> Iterator[Upstream]:

@@ -1,6 +1,7 @@
 """The token dataset: documents cut into contexts that the subject model sees.
 
-1. Documents are tokenised in corpus order, each alone, without special tokens.
+1. Documents are tokenised in corpus order, each alone, without special tokens; those that are
+   tokens already keep theirs.
 2. A document is cut from its start into stretches; a stretch with BOS before it is a context. No
    context holds text of two documents, and BOS stays at position 0 of the model's input.
 3. The corpus is left as soon as enough tokens are used, at the end of a context, so that a larger
@@ -9,19 +10,23 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import polars as pl
-from jaxtyping import Int, Int32, Int64
+from jaxtyping import Int, Int32, Int64, Integer
 
 from autointerp_dagster.core.config import TokenConfig
 from autointerp_dagster.core.errors import CorpusError
 from autointerp_dagster.core.schemas import CONTEXTS, DOCUMENTS
+from autointerp_dagster.core.types import Progress, silent
 
-_ENCODE_BATCH = 64  # documents tokenised at once
+_BATCH_DOCUMENTS = 64
+_BATCH_CHARACTERS = 1 << 20
+"""What is tokenised at once ends at either: memory is bounded, whatever the corpus."""
+
+_PROGRESS_STEP = 1000  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,42 @@ class Document:
     text: str
     title: str = ""
     source: str = ""
+
+    @property
+    def size(self) -> int:
+        """Characters."""
+        return len(self.text)
+
+    @property
+    def content_hash(self) -> str:
+        """Of the text."""
+        return content_hash(self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenisedDocument:
+    """One document of the corpus that comes as token ids."""
+
+    doc_id: str
+    """As for a :class:`Document`."""
+    tokens: Integer[np.ndarray, " token"]
+    """A BOS at its head is not text: contexts get theirs anyway."""
+    title: str = ""
+    source: str = ""
+
+    @property
+    def size(self) -> int:
+        """Tokens."""
+        return self.tokens.size
+
+    @property
+    def content_hash(self) -> str:
+        """Of the tokens, whatever the width of their integers."""
+        content = np.ascontiguousarray(self.tokens, dtype="<i8").data
+        return hashlib.blake2b(content, digest_size=16, person=b"tokens").hexdigest()
+
+
+AnyDocument = Document | TokenisedDocument
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +101,10 @@ class TokenDataset:
         return self.tokens[self.offsets[context] : self.offsets[context + 1]]
 
     def n_tokens_by_source(self) -> dict[str, int]:
-        """Tokens used of each source, BOS not counted; by name."""
-        totals = self.documents.group_by("source").agg(pl.col("n_tokens").sum()).sort("source")
-        return {source: int(n_tokens) for source, n_tokens in totals.iter_rows()}
+        """Tokens used of a source, BOS not counted; of the 20 with most, by number."""
+        totals = self.documents.group_by("source").agg(pl.col("n_tokens").sum())
+        largest = totals.sort(["n_tokens", "source"], descending=[True, False]).head(20)
+        return {source: int(n_tokens) for source, n_tokens in largest.iter_rows()}
 
 
 @runtime_checkable
@@ -83,20 +125,46 @@ def content_hash(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def known_tokens(documents: Iterable[AnyDocument], vocabulary_size: int) -> Iterator[AnyDocument]:
+    """The documents, each once its token ids are seen to be the tokenizer's.
+
+    Args:
+        documents: Text is passed on as it is.
+        vocabulary_size: Token ids are below it.
+
+    Raises:
+        CorpusError: At the first token that is not; names document, position and token.
+    """
+    for document in documents:
+        if isinstance(document, TokenisedDocument):
+            strange = (document.tokens < 0) | (document.tokens >= vocabulary_size)
+            if strange.any():
+                position = int(strange.argmax())
+                raise CorpusError(
+                    f"document {document.doc_id!r}: token {int(document.tokens[position])} at "
+                    f"position {position}, wanted ids from 0 to {vocabulary_size - 1}. Tokenise "
+                    "with the subject model's tokenizer; if the token fills rows, set "
+                    "corpus.padding."
+                )
+        yield document
+
+
 def build_token_dataset(
-    documents: Iterable[Document],
+    documents: Iterable[AnyDocument],
     encode: Callable[[list[str]], list[list[int]]],
     bos_id: int | None,
     config: TokenConfig,
+    progress: Progress = silent,
 ) -> TokenDataset:
     """Cut documents into contexts until ``config.n_tokens`` tokens are used, BOS not counted.
 
     Args:
-        documents: In corpus order; read no further than needed, 64 at a time.
+        documents: In corpus order; read no further than needed, 64 at a time, fewer if long.
         encode: Token ids of each text, without special tokens.
         bos_id: Put before every context; null if the tokenizer has none. 0 is a real token.
         config: Whole contexts are taken, so up to one context more than ``n_tokens`` is used. A
             full context is kept even where BOS leaves it fewer than ``min_visible`` tokens.
+        progress: Shows how many tokens there are so far.
 
     Returns:
         Contexts in document order. Every document read has a row, with ``n_tokens`` 0 if it is too
@@ -106,35 +174,22 @@ def build_token_dataset(
     Raises:
         CorpusError: If two documents share an id, or no document holds a context.
     """
-    stretch_len = config.context_len - (0 if bos_id is None else 1)
-    least = min(stretch_len, config.min_visible)
-    documents_seen: dict[str, _UsedDocument] = {}
-    stretches: list[_Stretch] = []
-    n_left = config.n_tokens
-    for document, ids in _encoded(documents, encode):
-        if document.doc_id in documents_seen:
-            raise CorpusError(
-                f"document id {document.doc_id!r} occurs twice in the corpus; wanted unique ids. "
-                "Rename or remove one of the two."
-            )
-        index = len(documents_seen)
-        cut = [
-            _Stretch(index, start, ids[start : start + stretch_len])
-            for start in range(0, min(len(ids), n_left), stretch_len)
-        ]
-        cut = [s for s in cut if s.ids.size >= least]
-        stretches.extend(cut)
-        n_used = sum(s.ids.size for s in cut)
-        documents_seen[document.doc_id] = _UsedDocument.of(index, document, n_used)
-        n_left -= n_used
-        if n_left <= 0:
-            break
-    if not stretches:
+    cutting = _Cutting(bos_id, config)
+    steps = cutting.take(_encoded(documents, encode, bos_id))
+    for _ in progress(
+        steps,
+        total=max(config.n_tokens // _PROGRESS_STEP, 1),
+        description="tokenising",
+        unit="thousand tokens",
+        note=lambda: f"{len(cutting.documents)} documents",
+    ):
+        pass
+    if not cutting.stretches:
         raise CorpusError(
-            f"corpus: {len(documents_seen)} documents, none with {least} tokens, the least "
-            "that a context needs. Add longer texts or lower tokens.min_visible."
+            f"corpus: {len(cutting.documents)} documents, none with {cutting.least} tokens, the "
+            "least that a context needs. Add longer texts or lower tokens.min_visible."
         )
-    return _assemble(stretches, list(documents_seen.values()), bos_id)
+    return _assemble(cutting.stretches, list(cutting.documents.values()), bos_id)
 
 
 def context_batches(dataset: TokenDataset, batch_size: int) -> list[Int64[np.ndarray, " context"]]:
@@ -172,26 +227,90 @@ class _UsedDocument(NamedTuple):
     content_hash: str
     n_tokens: int
 
-    @classmethod
-    def of(cls, index: int, document: Document, n_tokens: int) -> "_UsedDocument":
-        return cls(
-            index,
-            document.doc_id,
-            document.title,
-            document.source,
-            content_hash(document.text),
-            n_tokens,
+
+@dataclass
+class _Cutting:
+    """Stretches and documents so far."""
+
+    bos_id: int | None
+    config: TokenConfig
+    stretches: list[_Stretch] = field(default_factory=list)
+    documents: dict[str, _UsedDocument] = field(default_factory=dict)
+
+    @property
+    def stretch_len(self) -> int:
+        """Tokens of a full context, without BOS."""
+        return self.config.context_len - (0 if self.bos_id is None else 1)
+
+    @property
+    def least(self) -> int:
+        """Tokens that a context needs, without BOS."""
+        return min(self.stretch_len, self.config.min_visible)
+
+    def take(
+        self, encoded: Iterable[tuple[AnyDocument, Int32[np.ndarray, " token"]]]
+    ) -> Iterator[int]:
+        """Cuts documents until there are enough tokens; yields once per thousand of them."""
+        n_taken = 0
+        for document, ids in encoded:
+            steps_before = n_taken // _PROGRESS_STEP
+            n_taken += self._cut(document, ids, self.config.n_tokens - n_taken)
+            yield from range(steps_before, n_taken // _PROGRESS_STEP)
+            if n_taken >= self.config.n_tokens:
+                return
+
+    def _cut(self, document: AnyDocument, ids: Int32[np.ndarray, " token"], n_wanted: int) -> int:
+        if document.doc_id in self.documents:
+            raise CorpusError(
+                f"document id {document.doc_id!r} occurs twice in the corpus; wanted unique ids. "
+                "Rename or remove one of the two."
+            )
+        index = len(self.documents)
+        cut = [
+            _Stretch(index, start, ids[start : start + self.stretch_len])
+            for start in range(0, min(len(ids), n_wanted), self.stretch_len)
+        ]
+        cut = [stretch for stretch in cut if stretch.ids.size >= self.least]
+        n_used = sum(stretch.ids.size for stretch in cut)
+        self.stretches.extend(cut)
+        self.documents[document.doc_id] = _UsedDocument(
+            index, document.doc_id, document.title, document.source, document.content_hash, n_used
         )
+        return n_used
 
 
 def _encoded(
-    documents: Iterable[Document], encode: Callable[[list[str]], list[list[int]]]
-) -> Iterator[tuple[Document, Int32[np.ndarray, " token"]]]:
-    remaining = iter(documents)
-    while batch := list(islice(remaining, _ENCODE_BATCH)):
-        encoded = encode([document.text for document in batch])
-        for document, ids in zip(batch, encoded, strict=True):
-            yield document, np.asarray(ids, dtype=np.int32)
+    documents: Iterable[AnyDocument],
+    encode: Callable[[list[str]], list[list[int]]],
+    bos_id: int | None,
+) -> Iterator[tuple[AnyDocument, Int32[np.ndarray, " token"]]]:
+    for batch in _batches(documents):
+        texts = [document.text for document in batch if isinstance(document, Document)]
+        encoded = iter(encode(texts) if texts else ())
+        for document in batch:
+            if isinstance(document, Document):
+                yield document, np.asarray(next(encoded), dtype=np.int32)
+            else:
+                yield document, _without_bos(document.tokens, bos_id).astype(np.int32)
+
+
+def _batches(documents: Iterable[AnyDocument]) -> Iterator[list[AnyDocument]]:
+    batch: list[AnyDocument] = []
+    for document in documents:
+        batch.append(document)
+        is_full = len(batch) == _BATCH_DOCUMENTS
+        if is_full or sum(document.size for document in batch) >= _BATCH_CHARACTERS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _without_bos(
+    tokens: Integer[np.ndarray, " token"], bos_id: int | None
+) -> Integer[np.ndarray, " visible"]:
+    has_bos = bos_id is not None and tokens.size > 0 and tokens[0] == bos_id
+    return tokens[1:] if has_bos else tokens
 
 
 def _assemble(

@@ -1,5 +1,6 @@
 """The activation cache stage: one pass for many layers, then cell by cell into the store."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,9 @@ _DECIDING = ("device", "hardware", "batch_size", "torch", "transformers")
 """Of a model's execution: what may change the last bits, so that a pass is not gone on with."""
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True, slots=True)
 class Caching:
     """The cells of one step; encoding is paid for whole layers, so they share one pass."""
@@ -53,6 +57,10 @@ class Caching:
         pending = self.stage.pending_cells(cells)
         if not pending:
             return
+        for layer, found in loaded.items():
+            logger.info("%s: %s", layer, found.about)
+            for note in found.notes:
+                logger.warning("%s: %s", layer, note)
         manifest = self.stage.input("token_dataset", WholeStudy())
         dataset = read_dataset(self.stage.store, manifest)
         with self._cached(pending, dataset, loaded, manifest.content_hash) as cached:
@@ -104,6 +112,7 @@ class Caching:
     ) -> Commit:
         counts = cached.firing_counts(cell.layer)
         execution = {**self.model.execution, **cached.execution(cell.layer)}
+        execution["coder_files"] = loaded.record
         mine = counts.slice(cell.range.start, cell.range.stop - cell.range.start)
         if mine.is_empty():
             return Commit([], {}, status=OUTSIDE_CODER, execution=execution)

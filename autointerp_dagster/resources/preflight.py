@@ -38,7 +38,8 @@ def stages_of_run(context: dg.AssetExecutionContext, study: Study) -> set[str]:
 def check_study(study: Study, stages: Collection[str]) -> None:
     """Checks what some stages need against each other, cheap things first.
 
-    Every document is read once: a file that is empty or no text is better found now than later.
+    The first document of every file of a folder is read, and the first of a hub dataset: a file
+    that is empty or no text is better found now than later.
 
     Args:
         study: The study.
@@ -52,8 +53,7 @@ def check_study(study: Study, stages: Collection[str]) -> None:
         _check_llm(study, config)
     if any("embedder" in models_asked(study, name) for name in stages):
         _ = Embedders().of(study).identity
-    for _ in corpus.documents():
-        pass
+    corpus.check()
     model = SubjectModels().of(study)
     for layer in study.layer_keys:
         loaded = Coders().of(study, layer)

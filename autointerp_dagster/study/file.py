@@ -24,8 +24,8 @@ MAY_HOLD_SECRETS = ("base_url", "store")
 Keys = tuple[str | int, ...]
 """The way from the top of a file to a value."""
 
-_WHERE = frozenset({"source", "base_url", "serve"})
-"""Keys of which a model has one: where it is."""
+_WHERE = frozenset({"source", "base_url", "serve", "path", "repo"})
+"""Keys of which a model or a coder has one: where it is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,8 @@ class Study(Parameters, frozen=True):
     coders: dict[str, CoderConfig] = Field(min_length=1)
     """Sparse coders by name."""
     layers: tuple[str, ...] = Field(min_length=1)
-    """Hookpoints, taken for every coder, or ``<coder>@<hookpoint>`` for one of them."""
+    """Hookpoints, taken for every coder, or ``<coder>@<hookpoint>`` for one of them. In a file also
+    Unix patterns (``layers.*.mlp``) and TransformerLens names (``blocks.5.hook_resid_post``)."""
     max_num_latents: int = Field(ge=1)
     """Width of the widest coder; the range dimension spans it."""
     range_size: int = Field(default=4096, ge=1)
@@ -144,7 +145,7 @@ class Study(Parameters, frozen=True):
                         f"{what}: name {name!r}: wanted letters, digits, '_' and '-' only."
                     )
         for layer in self.layer_keys:
-            if not re.fullmatch(r"\w+(\.\w+)*", layer.hookpoint):
+            if not re.fullmatch(r"[\w*?\[\]!-]+(\.[\w*?\[\]!-]+)*", layer.hookpoint):
                 raise ValueError(
                     f"layers: hookpoint {layer.hookpoint!r}: wanted a dotted module path, e.g. "
                     "'layers.9.mlp'."

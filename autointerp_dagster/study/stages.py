@@ -51,7 +51,7 @@ STAGES: dict[str, Stage] = {
             kinds=("huggingface",),
             description="The language model being interpreted; its version is its weights' hash.",
         ),
-        Stage("corpus", "study", description="The text; its version is the documents' hash."),
+        Stage("corpus", "study", description="The text; its version is its content's hash."),
         Stage(
             "sparse_coders",
             "layer",

@@ -452,7 +452,10 @@ def test_coders_of_different_widths_read_different_sides_in_one_pass() -> None:
         for (key, placed), vectors in zip(coders.items(), by_hand, strict=True):
             dense = placed.coder.encode_dense(vectors[1:]).T  # latent, position; without BOS
             rows = frame_of(found, key).filter(pl.col("context") == context)
-            at = rows["latent"].to_numpy(), rows["position"].to_numpy() - 1
+            at = (
+                torch.tensor(rows["latent"].to_list()),
+                torch.tensor(rows["position"].to_list()) - 1,
+            )
             sparse = torch.zeros_like(dense)
             sparse[at] = torch.tensor(rows["activation"].to_list())
             assert torch.allclose(sparse, dense, rtol=2**-7, atol=1e-5), placed.reads

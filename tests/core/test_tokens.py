@@ -1,5 +1,8 @@
 """Documents become contexts: one document each, BOS first, more tokens only append."""
 
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
 import numpy as np
 import polars as pl
 import pytest
@@ -11,12 +14,14 @@ from autointerp_dagster.core.errors import CorpusError
 from autointerp_dagster.core.tokens import (
     Document,
     TokenDataset,
+    TokenisedDocument,
     build_token_dataset,
     content_hash,
     context_batches,
 )
 
 BOS = 0
+T = TypeVar("T")
 
 
 def encode(texts: list[str]) -> list[list[int]]:
@@ -88,6 +93,68 @@ def test_tokens_are_counted_by_source_without_bos() -> None:
     assert dataset.n_tokens_by_source() == {"x": 16, "y": 8}
 
 
+def test_of_many_sources_the_largest_are_told() -> None:
+    documents = [Document(f"d{i}", "a" * (8 + i), source=f"s{i}") for i in range(30)]
+    dataset = build_token_dataset(documents, encode, BOS, TokenConfig(context_len=8, min_visible=1))
+    assert list(dataset.n_tokens_by_source()) == [f"s{i}" for i in range(29, 9, -1)]
+
+
+def test_no_more_is_read_or_tokenised_at_once_than_a_batch() -> None:
+    read: list[str] = []
+    batches: list[list[str]] = []
+
+    def documents() -> Iterator[Document]:
+        for i, size in enumerate([600_000, 600_000, *[10] * 200]):
+            read.append(f"d{i}")
+            yield Document(f"d{i}", "a" * size)
+
+    def encode_noting(texts: list[str]) -> list[list[int]]:
+        batches.append([f"{len(text)}" for text in texts])
+        return encode([text[:10] for text in texts])
+
+    config = TokenConfig(context_len=8, min_visible=3, n_tokens=21)
+    build_token_dataset(documents(), encode_noting, BOS, config)
+    # 7 + 3 tokens of each document: the third is the first of the second batch.
+    assert batches == [["600000", "600000"], ["10"] * 64]
+    assert len(read) == 66
+
+
+class Shown:
+    """A ``Progress`` that notes what it was given."""
+
+    def __init__(self) -> None:
+        self.totals: list[int] = []
+        self.n_steps = 0
+        self.notes: list[str] = []
+
+    def __call__(
+        self,
+        items: Iterable[T],
+        *,
+        total: int,
+        description: str,
+        unit: str = "it",
+        note: Callable[[], str] | None = None,
+    ) -> Iterator[T]:
+        self.totals.append(total)
+        for item in items:
+            yield item
+            self.n_steps += 1
+            assert note is not None
+            self.notes.append(note())
+
+
+@pytest.mark.parametrize(("n_tokens", "n_steps"), [(2500, 2), (10_000, 4)])
+def test_progress_is_shown_in_thousands_of_tokens(n_tokens: int, n_steps: int) -> None:
+    documents = [Document(f"d{i}", "a" * 1400) for i in range(3)]  # 4200 tokens
+    config = TokenConfig(context_len=8, min_visible=3, n_tokens=n_tokens)
+    shown = Shown()
+    dataset = build_token_dataset(documents, encode, BOS, config, shown)
+    assert shown.totals == [n_tokens // 1000]
+    assert shown.n_steps == n_steps
+    assert shown.notes[-1] == f"{dataset.documents.height} documents"
+
+
 def test_two_documents_with_one_id_are_an_error_that_names_it() -> None:
     documents = [Document("same", "abcdefgh"), Document("same", "ijklmnop")]
     with pytest.raises(CorpusError, match="'same' occurs twice"):
@@ -116,6 +183,24 @@ def test_more_tokens_only_append(texts: list[str], n_tokens: int, more: int) -> 
         .select(stable)
         .equals(small.documents.select(stable))
     )
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=texts, n_tokens=st.integers(1, 60), has_bos=st.booleans())
+def test_documents_that_are_tokens_already_give_the_same_contexts(
+    texts: list[str], n_tokens: int, has_bos: bool
+) -> None:
+    texts = ["abcdefgh", *texts]
+    documents = [
+        TokenisedDocument(f"d{i}", np.array([BOS] * has_bos + ids, dtype=np.uint32), f"T{i}")
+        for i, ids in enumerate(encode(texts))
+    ]
+    config = TokenConfig(n_tokens=n_tokens, context_len=8, min_visible=3)
+    found = build_token_dataset(documents, encode, BOS, config)
+    expected = dataset_of(texts, n_tokens)
+    assert np.array_equal(found.tokens, expected.tokens)
+    assert found.contexts.equals(expected.contexts)
+    assert found.documents.drop("content_hash").equals(expected.documents.drop("content_hash"))
 
 
 @settings(max_examples=60, deadline=None)

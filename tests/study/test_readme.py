@@ -1,6 +1,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from autointerp_dagster.study import load_study
 
 README = Path(__file__).parents[2] / "README.md"
@@ -17,3 +19,14 @@ def test_every_file_that_the_readme_links_to_exists():
     links = re.findall(r"\]\((?!http)([^)]+)\)", README.read_text())
     assert links
     assert [link for link in links if not (README.parent / link).exists()] == []
+
+
+CORPORA = (README.parent / "docs" / "corpora.md").read_text()
+
+
+@pytest.mark.parametrize("shown", re.findall(r"```yaml\n(.*?)```", CORPORA, re.DOTALL))
+def test_every_corpus_that_the_docs_show_is_valid(shown, tmp_path):
+    (study,) = re.findall(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)
+    (tmp_path / "readme.yaml").write_text(study)
+    (tmp_path / "shown.yaml").write_text("extends: readme.yaml\n" + shown)
+    assert load_study(tmp_path / "shown.yaml").corpus.kind in shown

@@ -81,7 +81,7 @@ def test_a_hookpoint_is_taken_for_every_coder_and_a_key_for_one(tmp_path):
         ("detection: {}", "embedding: {}", r"scorers.embedding: needs models.embedder"),
         ("range_size: 40", "range_size: 1", r"100 ranges, wanted at most 99. Use 2 or more"),
         ("models:", "models: [", r"tiny.yaml: no valid YAML"),
-        ("kind: files", "kind: hub", r":4: corpus: .*'hub'.*'files'"),
+        ("kind: files", "kind: disk", r":4: corpus: .*'disk'.*'files'"),
         ("sae: {path", "s/ae: {path", r"coders: name 's/ae': wanted letters, digits"),
         ("default: {kind", "de|fault: {kind", r"explainers: name 'de|fault': wanted letters"),
         ("layers.0,", "../x,", r"layers: hookpoint '\.\./x': wanted a dotted module path"),
@@ -254,6 +254,34 @@ def test_a_study_that_moves_a_model_elsewhere_takes_nothing_of_where_it_was(tmp_
     text = "extends: moved.yaml\nmodels: {explainer: {source: elsewhere}}\n"
     same_kind = load_study(write(tmp_path, text, "again.yaml")).models.explainer
     assert (same_kind.source, same_kind.dtype) == ("elsewhere", "float32")
+
+
+def test_a_study_that_takes_a_coder_from_elsewhere_takes_nothing_of_the_other(tmp_path):
+    write(tmp_path, MINIMAL.replace("{path: saes}", "{path: saes, select: seed1}"))
+    text = "extends: tiny.yaml\ncoders: {sae: {repo: me/saes, revision: v1}}\n"
+    coder = load_study(write(tmp_path, text, "hub.yaml")).coders["sae"]
+    assert (coder.path, coder.repo, coder.revision, coder.select) == (None, "me/saes", "v1", None)
+    text = "extends: tiny.yaml\ncoders: {sae: {precision: bfloat16}}\n"
+    coder = load_study(write(tmp_path, text, "fast.yaml")).coders["sae"]
+    assert (coder.path, coder.select, coder.precision) == (tmp_path / "saes", "seed1", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("coder", "message"),
+    [
+        ("{}", r"tiny\.yaml:6: .*wanted either path \(a folder or file\) or repo"),
+        ("{path: a, repo: b/c}", "wanted either path"),
+        ("{path: a, revision: main}", "only a repo has revisions"),
+        ("{repo: just-a-name}", r"coders\.sae\.repo: String should match pattern"),
+        ("{path: a, writes: layers.1}", "wanted reads, too"),
+        ("{path: a, format: sealens}", r"tiny\.yaml:6: coders\.sae\.format: .*'saelens'"),
+        ("{path: a, sellect: seed1}", "unknown key. Did you mean 'select'"),
+    ],
+)
+def test_a_coder_s_mistake_is_named_with_its_place(tmp_path, coder, message):
+    text = MINIMAL.replace("{path: saes}", coder)
+    with pytest.raises(StudyError, match=message):
+        load_study(write(tmp_path, text))
 
 
 def test_layers_are_matched_where_there_are_two_and_an_embedder(tmp_path):

@@ -61,6 +61,19 @@ def test_a_walk_names_every_range_that_neighbours_were_counted_on(walk):
         assert all(manifest.path in out.getvalue() for manifest in manifests)
 
 
+def test_a_walk_names_the_version_of_the_text(tmp_path):
+    store = Store(tmp_path)
+    about = {"dataset": "me/texts", "commit": "0" * 40, "files": ["[a]*.parquet"]}
+    tokens = store.commit(manifest_of("token_dataset", "all", summary={"corpus": about}))
+    score = store.commit(manifest_of("score_detection", OWN, [tokens]))
+    tree, out = Tree("root"), io.StringIO()
+    _add_manifests(tree, Walk.start(store, score))
+    Console(file=out, width=200).print(tree)
+    assert "text: dataset me/texts" in out.getvalue()
+    assert f"text: commit {'0' * 40}" in out.getvalue()
+    assert "text: files ['[a]*.parquet']" in out.getvalue()
+
+
 def test_the_latent_is_read_from_the_cache_of_its_own_range(walk):
     assert walk.ancestors["activation_cache"].cell == OWN
     assert walk.made_from["activation_cache"][0].cell == OWN  # the nearest

@@ -16,6 +16,9 @@ M = TypeVar("M", bound=BaseModel)
 Axes = tuple[str, ...]
 """Names of a tensor's axes; equal names are equal sizes."""
 
+_ROWS = 65_536
+"""Rows of a tensor that are looked at at once."""
+
 _REMEDY = (
     "In the study, name a whole checkpoint of one coder (path or repo, select), or say its format."
 )
@@ -139,4 +142,5 @@ def _of_shape(name: str, tensor: Tensor, shape: Sequence[int], axes: Axes, sourc
 def _n_bad(tensor: Tensor) -> int:
     if not tensor.is_floating_point():
         return tensor.numel()
-    return int((~torch.isfinite(tensor)).sum())
+    parts = tensor.split(_ROWS) if tensor.ndim else (tensor,)  # no mask as large as the tensor
+    return sum(int((~torch.isfinite(part)).sum()) for part in parts)

@@ -166,7 +166,6 @@ def _describe(files: CoderFiles, unit: Unit) -> Description:
         reads_input=is_transcoder,
         layer=layer,
         expected_l0=trainer.k,
-        notes=_notes(config, site),
     )
 
 
@@ -178,12 +177,6 @@ def _site(submodule_name: str, path: str) -> str | None:
         if found is not None:
             return f"blocks.{found.group(2)}.{_SITES[found.group(1)]}"
     return None
-
-
-def _notes(config: _Config, site: str | None) -> list[str]:
-    if site is None or config.buffer.io != "out":
-        return ["the files do not say where it reads: taken as the study says"]
-    return []
 
 
 def _build(trainer: _Trainer, weights: Weights) -> LinearCoder:

@@ -19,7 +19,7 @@ from autointerp_dagster.adapters.coder_files.description import Description, For
 from autointerp_dagster.adapters.coder_files.files import CoderFiles, open_files
 from autointerp_dagster.adapters.hookpoints import natural_order, translate, writes_of
 from autointerp_dagster.core.config import FileCoderConfig
-from autointerp_dagster.core.errors import CoderError
+from autointerp_dagster.core.errors import AutoInterpError, CoderError, ModelError
 
 FORMATS: tuple[Format, ...] = (
     sparsify.FORMAT,
@@ -99,10 +99,13 @@ def hookpoints_of(config: FileCoderConfig, model_type: ModelType) -> list[str]:
         ModelError: If a name in the files is not known for the subject model.
     """
     files = open_files(config)
-    names = {
-        unit.module or _place(files, config, format_, unit, model_type).hookpoint
-        for format_, unit in _finished(_selected(files, config))
-    }
+    units = _finished(_selected(files, config))
+    named = {unit.module for _, unit in units if unit.module is not None}
+    others = [item for item in units if item[1].module is None]
+    placed, refused = _placed(files, config, others, model_type)
+    names = named | {found.hookpoint for found in placed}
+    if not names:
+        raise refused[0]
     return sorted(names, key=natural_order)
 
 
@@ -117,13 +120,15 @@ def _find(config: FileCoderConfig, hookpoint: str | None, model_type: ModelType)
         return _only(files, config, named, model_type, hookpoint)
     wanted = {hookpoint, _hookpoint(hookpoint, model_type)}
     near = [item for item in _finished(units) if _may_be_at(item[1], wanted)]
-    placed = [_place(files, config, *item, model_type) for item in near]
+    placed, refused = _placed(files, config, near, model_type)
     matching = [found for found in placed if _is_at(found, hookpoint, wanted)]
-    if not matching:
-        there = [unit.module for _, unit in units if unit.module is not None]
-        there += [found.hookpoint for found in placed]
-        raise _nothing(files, there or _names(units), hookpoint)
-    return _one(files, config, matching, hookpoint)
+    if matching:
+        return _one(files, config, matching, hookpoint)
+    if refused and not placed:
+        raise refused[0]
+    there = [unit.module for _, unit in units if unit.module is not None]
+    there += [found.hookpoint for found in placed]
+    raise _nothing(files, there or _names(units), hookpoint, refused)
 
 
 _Item = tuple[Format, Unit]
@@ -183,6 +188,20 @@ def _one(
         if len(found) == 1:
             return found[0]
     raise _several(files, [one.name for one in found], hookpoint)
+
+
+def _placed(
+    files: CoderFiles, config: FileCoderConfig, units: Sequence[_Item], model_type: ModelType
+) -> tuple[list[Found], list[AutoInterpError]]:
+    """Those that can be used, and why the others cannot: these need not be what is asked for."""
+    placed: list[Found] = []
+    refused: list[AutoInterpError] = []
+    for format_, unit in units:
+        try:
+            placed.append(_place(files, config, format_, unit, model_type))
+        except (CoderError, ModelError) as error:
+            refused.append(error)
+    return placed, refused
 
 
 def _place(
@@ -253,11 +272,14 @@ def _listed(names: Sequence[str]) -> str:
     return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def _nothing(files: CoderFiles, there: Sequence[str], hookpoint: str) -> CoderError:
+def _nothing(
+    files: CoderFiles, there: Sequence[str], hookpoint: str, refused: Sequence[AutoInterpError]
+) -> CoderError:
+    more = f" Beside these, {len(refused)} that cannot be read: {refused[0]}" if refused else ""
+    known = _listed(sorted(set(there), key=natural_order))
     return CoderError(
-        f"coders {files.label}: no coder of {hookpoint!r}. There are coders of: "
-        f"{_listed(list(dict.fromkeys(there)))}. Correct the study's layers, or say where it reads "
-        "(reads)."
+        f"coders {files.label}: no coder of {hookpoint!r}. There are coders of: {known}. "
+        f"Correct the study's layers, or say where it reads (reads).{more}"
     )
 
 

@@ -34,6 +34,9 @@ from autointerp_dagster.core.sparse_coders import LinearCoder, Threshold
 
 _CONFIG = "config.json"
 _WEIGHTS = "params.safetensors"
+_SUFFIX = ".safetensors"
+_ACROSS = re.compile(r"(?:^|/)(clt|crosscoder)[^/]*/")
+"""Folders of coders that are not one layer's."""
 _AXES: dict[str, Axes] = {
     "w_enc": ("d_in", "d_sae"),
     "w_dec": ("d_sae", "d_out"),
@@ -75,18 +78,20 @@ def _units(names: Iterable[str]) -> list[Unit]:
     known = set(names)
     folders = [folder_of(name) for name in known if name.rpartition("/")[2] == _WEIGHTS]
     configs = {folder: in_folder(folder, _CONFIG) for folder in folders}
-    return [
+    units = [
         Unit(folder, in_folder(folder, _WEIGHTS), config if config in known else None)
         for folder, config in configs.items()
     ]
+    across = sorted(name for name in known if _ACROSS.search(name) and name.endswith(_SUFFIX))
+    return units + [Unit(name, name) for name in across if folder_of(name) not in configs]
 
 
 def _describe(files: CoderFiles, unit: Unit) -> Description:
     path = files.shown(unit.name)
-    for kind in ("clt", "crosscoder"):
-        if re.search(rf"(?:^|/){kind}", unit.name):
-            reason = "one latent reads or writes many layers, and a layer's coder is asked for"
-            raise refuse(path, kind, reason)
+    across = _ACROSS.search(unit.name)
+    if across is not None:
+        reason = "one latent reads or writes many layers, and a layer's coder is asked for"
+        raise refuse(path, across.group(1), reason)
     config = _Config()
     if unit.config is not None:
         file = files.shown(unit.config)

@@ -1,8 +1,6 @@
 """Coders with their place and the name of their content, checked before they are used."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,11 @@ from autointerp_dagster.core.sparse_coders import (
 )
 from autointerp_dagster.core.types import LayerKey
 
+_NOT_TOLD = "the files do not say where it reads: taken as the study says"
+
+_digests: dict[tuple[Any, ...], str] = {}
+"""Identities that this process has computed, by file, size, time, and what else decides."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedCoder:
@@ -43,6 +46,17 @@ class LoadedCoder:
     """Latents that fire on a token, on average, as published, or as its activation bounds them."""
     notes: tuple[str, ...] = ()
     """Warnings for whoever uses it."""
+
+    @property
+    def record(self) -> dict[str, object]:
+        """What was found, to be recorded with what the coder gave."""
+        return {
+            "about": self.about,
+            "reads": self.reads,
+            "writes": self.writes,
+            "expected_l0": self.expected_l0,
+            "notes": list(self.notes),
+        }
 
     @property
     def coder(self) -> SparseCoder:
@@ -77,16 +91,17 @@ def open_coder(
         ModelError: If its files name a place that the subject model's family does not have.
     """
     found = find_coder(config, hookpoint, model_type)
-    coder = build_coder(found, config)
-    activation = coder.activation
-    is_bounded = isinstance(activation, TopK | GroupMax)
+    weights = _weights(found)
+    coder = build_coder(found, config, weights)
+    bound = coder.activation.k if isinstance(coder.activation, TopK | GroupMax) else None
+    is_told = found.description.reads is not None or config.reads is not None
     return LoadedCoder(
         PlacedCoder(coder, *_place(found)),
-        _identity(found, config),
+        _identity(found, config, weights),
         found.format.name,
         _about(found, coder),
-        found.description.expected_l0 or (float(activation.k) if is_bounded else None),
-        tuple(found.description.notes),
+        found.description.expected_l0 or bound,
+        (*found.description.notes, *(() if is_told else (_NOT_TOLD,))),
     )
 
 
@@ -148,8 +163,11 @@ def check_width(placed: PlacedCoder, subject_model: SubjectModel, layer: LayerKe
     """
     coder, reads, writes = placed
     sides = {"d_in": (coder.d_in, reads), "d_out": (coder.d_out, writes)}
+    widths: dict[str, int] = {}
     for name, (size, hookpoint) in sides.items():
-        width = subject_model.width_of(hookpoint)
+        if hookpoint not in widths:
+            widths[hookpoint] = subject_model.width_of(hookpoint)
+        width = widths[hookpoint]
         if size != width:
             raise CoderError(
                 f"{layer}: the coder's {name} is {size}, the vectors of "
@@ -158,8 +176,10 @@ def check_width(placed: PlacedCoder, subject_model: SubjectModel, layer: LayerKe
             )
 
 
-def build_coder(found: Found, config: FileCoderConfig) -> LinearCoder:
-    """The coder, from its checked tensors.
+def build_coder(
+    found: Found, config: FileCoderConfig, weights: Weights | None = None
+) -> LinearCoder:
+    """The coder, from its checked tensors; ``weights`` if they are read already.
 
     Raises:
         CoderError: If its weights are missing, unreadable, or not as they must be.
@@ -168,7 +188,7 @@ def build_coder(found: Found, config: FileCoderConfig) -> LinearCoder:
         screen=config.screen, compiled=config.compiled, precision=config.precision
     )
     try:
-        coder = found.description.build(_weights(found))
+        coder = found.description.build(_weights(found) if weights is None else weights)
     except ValueError as error:
         shown = found.files.shown(found.unit.weights)
         raise CoderError(f"{shown}: {error} In the study, name another checkpoint.") from error
@@ -196,7 +216,14 @@ def _about(found: Found, coder: LinearCoder) -> str:
     )
 
 
-def _identity(found: Found, config: FileCoderConfig) -> str:
+def _identity(found: Found, config: FileCoderConfig, weights: Weights | None = None) -> str:
+    """Of a file that was hashed before and has not changed, without reading it.
+
+    Args:
+        found: The coder's files.
+        config: For what else is part of the identity.
+        weights: What the file holds, if it is read already.
+    """
     about: dict[str, Any] = {
         "format": found.format.name,
         "settings": dict(found.description.settings),
@@ -204,25 +231,19 @@ def _identity(found: Found, config: FileCoderConfig) -> str:
         "place": _place(found),
     }
     file = found.files.fetch(found.unit.weights)
-    shown = found.files.shown(found.unit.weights)
-    return _digest(file, _stamp(file), shown, _frozen(about))
+    key = (file, _stamp(file), _frozen(about))
+    if key not in _digests:
+        read = _weights(found) if weights is None else weights
+        _digests[key] = weights_digest(read, about)
+    return _digests[key]
 
 
-_Stamp = tuple[int, int] | None
-
-
-def _stamp(file: Path) -> _Stamp:
+def _stamp(file: Path) -> tuple[int, int] | None:
     """Size and time; a missing file is noticed when it is read."""
     if not file.is_file():
         return None
     stat = file.stat()
     return stat.st_size, stat.st_mtime_ns
-
-
-@lru_cache(maxsize=4096)
-def _digest(file: Path, stamp: _Stamp, shown: str, about: Sequence[Any]) -> str:
-    del stamp  # part of the cache key alone
-    return weights_digest(read_weights(file, shown), about)
 
 
 def _frozen(value: object) -> Any:

@@ -141,7 +141,7 @@ def _describe(files: CoderFiles, unit: Unit) -> Description:
     metadata = config.metadata
     settings = config.model_dump(exclude={"metadata"})
     return Description(
-        build=partial(_build, config, file),
+        build=partial(_build, config),
         settings=settings,
         reads=metadata.hook_name,
         writes=metadata.hook_name_out if config.is_transcoder else None,
@@ -254,14 +254,14 @@ def _axes(config: _Config) -> dict[str, Axes]:
     return axes
 
 
-def _build(config: _Config, file: str, weights: Weights) -> LinearCoder:
+def _build(config: _Config, weights: Weights) -> LinearCoder:
     weights = _with_threshold(weights)
     axes = _axes(config) | {"scaling_factor": ("d_sae",)}
     sizes = {"d_in": config.d_in, "d_sae": config.d_sae}
     if config.is_transcoder and config.d_out is not None:
         sizes["d_out"] = config.d_out
     wanted = Wanted(axes, optional=frozenset({"scaling_factor"}))
-    tensors = checked_tensors(weights, wanted, sizes, file)
+    tensors = checked_tensors(weights, wanted, sizes, _CONFIG)
     dtype = _DTYPES[config.dtype]
     cast = {name: tensor.to(dtype) for name, tensor in tensors.items() if tensor.ndim > 0}
     encoder, decoder = cast["W_enc"].float().T.contiguous(), cast["W_dec"]

@@ -99,7 +99,7 @@ def _describe(files: CoderFiles, unit: Unit) -> Description:
     takes_b_dec = is_old or not config.transcode
     module = unit.module or _named_root(files)
     return Description(
-        build=partial(_build, config, takes_b_dec, file),
+        build=partial(_build, config, takes_b_dec),
         settings=config.model_dump() | {"reads_input": reads_input, "takes_b_dec": takes_b_dec},
         reads=f"{module}.input" if reads_input and module else module,
         writes=module if reads_input else None,
@@ -147,10 +147,10 @@ def _is_transcoder_run(files: CoderFiles, unit: Unit) -> bool:
     return False
 
 
-def _build(config: _Config, takes_b_dec: bool, file: str, weights: Weights) -> LinearCoder:
+def _build(config: _Config, takes_b_dec: bool, weights: Weights) -> LinearCoder:
     axes = _AXES | ({"W_skip": ("d_in", "d_in")} if config.skip_connection else {})
     sizes = {"num_latents": config.n_latents, "d_in": config.d_in}
-    tensors = checked_tensors(weights, Wanted(axes), sizes, file)
+    tensors = checked_tensors(weights, Wanted(axes), sizes, _CONFIG)
     b_dec = tensors["b_dec"].float()
     return LinearCoder(
         encoder=tensors["encoder.weight"].float(),

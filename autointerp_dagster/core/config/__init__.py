@@ -12,8 +12,11 @@ from autointerp_dagster.core.config.computing import ComputingConfig
 from autointerp_dagster.core.config.corpus import (
     CorpusConfig,
     EmbeddedCorpusConfig,
+    HubCorpusConfig,
+    HubFilesConfig,
     TextFilesConfig,
     TokenConfig,
+    TokensCorpusConfig,
 )
 from autointerp_dagster.core.config.explaining import (
     BestOfNExplainerConfig,
@@ -79,6 +82,8 @@ __all__ = [
     "FileCoderConfig",
     "FloorsConfig",
     "FuzzingConfig",
+    "HubCorpusConfig",
+    "HubFilesConfig",
     "InterventionConfig",
     "InterventionsConfig",
     "IntruderConfig",
@@ -108,6 +113,7 @@ __all__ = [
     "SurprisalConfig",
     "TextFilesConfig",
     "TokenConfig",
+    "TokensCorpusConfig",
     "TopTokensExplainerConfig",
     "WindowEmbeddingsConfig",
 ]

@@ -139,7 +139,9 @@ class LinearCoder:
 
     def describe(self) -> dict[str, object]:
         """How this coder computes where it is, to be recorded with what it gave."""
-        return self._encoding().describe()
+        about = self._encoding().describe()
+        on_cpu = self.encoder.device.type == "cpu"
+        return about if on_cpu else {**about, "compiled": self.computing.compiled}
 
     def encoder_rows(self, latents: Sequence[int]) -> Float32[Tensor, "latent d_in"]:
         """Direction that each latent reads from the normalised input, in the order asked for."""

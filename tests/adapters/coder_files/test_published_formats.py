@@ -177,10 +177,18 @@ def test_gemma_scope_2_without_settings_is_placed_by_its_folder(
 def test_gemma_scope_2_s_coders_of_many_layers_are_refused_by_name(
     tmp_path: Path, kind: str
 ) -> None:
-    folder = tmp_path / kind / "width_262k_l0_medium" / "params_layer_3"
-    write_safetensors(folder / "params.safetensors", gemma_2_state())
+    folder = tmp_path / kind / "width_262k_l0_medium"
+    write_safetensors(folder / "params_layer_3.safetensors", gemma_2_state())
     with pytest.raises(CoderError, match=f"{kind} is not supported: one latent reads or writes"):
         load(tmp_path, "layers.3")
+    with pytest.raises(CoderError, match=f"{kind} is not supported"):
+        discover_hookpoints(FileCoderConfig(path=tmp_path))
+    fine = tmp_path / "resid_post" / "layer_3_width_16k_l0_small"
+    write_safetensors(fine / "params.safetensors", gemma_2_state(D_IN))
+    assert load(tmp_path, "layers.3").reads == "layers.3"  # what is beside it does not matter
+    assert discover_hookpoints(FileCoderConfig(path=tmp_path)) == ["layers.3"]
+    with pytest.raises(CoderError, match=rf"no coder of 'layers\.4'.*layers\.3\. .*{kind} is not"):
+        load(tmp_path, "layers.4")
 
 
 def layer_norm(x: np.ndarray) -> np.ndarray:

@@ -107,6 +107,17 @@ def test_how_to_compute_comes_from_the_study_and_is_no_part_of_its_identity(
     assert open_coder(told, HOOKPOINT).identity == open_coder(plain, HOOKPOINT).identity
 
 
+def test_the_precision_of_the_product_is_part_of_what_a_coder_is(tiny_sparsify_dir: Path) -> None:
+    plain = FileCoderConfig(path=tiny_sparsify_dir)
+    fast = FileCoderConfig(path=tiny_sparsify_dir, precision="bfloat16", compiled=True)
+    loaded = open_coder(fast, HOOKPOINT)
+    assert loaded.identity != open_coder(plain, HOOKPOINT).identity
+    assert loaded.identity == coder_identity(fast, HOOKPOINT)
+    elsewhere = loaded.coder.to(torch.device("meta")).describe()  # any device but a CPU
+    assert (elsewhere["precision"], elsewhere["compiled"]) == ("bfloat16", True)
+    assert "compiled" not in loaded.coder.describe()
+
+
 def test_hookpoints_are_found_in_natural_order(tmp_path: Path) -> None:
     for name in ("layers.10", "layers.9", "embed_tokens", "layers.9.mlp", "logs"):
         (tmp_path / name).mkdir()

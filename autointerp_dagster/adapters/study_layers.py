@@ -1,0 +1,88 @@
+"""A study's layers in plain words: patterns expanded, TransformerLens names translated.
+
+Whoever makes partitions of a study reads it through here first. A study whose layers are plain
+module paths is passed on untouched, without a look at model or coders.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from autointerp_dagster.adapters.coder_files import discover_hookpoints
+from autointerp_dagster.adapters.hookpoints import expand, has_wildcard, is_site, translate
+from autointerp_dagster.adapters.subject_models import SubjectModel, open_subject_model
+from autointerp_dagster.core.config import FileCoderConfig
+from autointerp_dagster.core.errors import AutoInterpError, ModelError, StudyError
+from autointerp_dagster.study import Study
+
+
+def with_plain_layers(study: Study) -> Study:
+    """The same study with every layer written out as a module's path.
+
+    A pattern (``layers.*.mlp``) means, for a coder from files, the coders that lie there; for a
+    baseline (neurons, random, pca) the places that the study's coders from files have, so that all
+    are compared at the same ones, or, in a study without any, the model's modules. A
+    TransformerLens name (``blocks.5.hook_resid_post``) becomes the hookpoint that it means in the
+    subject model.
+
+    Raises:
+        StudyError: If a pattern matches nothing, a name means nothing in the model, the coders or
+            the model's configuration cannot be read, or there are too many layers.
+    """
+    if not any(has_wildcard(layer) or is_site(layer.rpartition("@")[2]) for layer in study.layers):
+        return study
+    try:
+        layers = [name for layer in study.layers for name in _plain(study, layer)]
+    except AutoInterpError as error:
+        raise StudyError(f"study {study.name}: layers: {error}") from error
+    try:
+        return Study.model_validate({**dict(study), "layers": tuple(dict.fromkeys(layers))})
+    except ValidationError as error:
+        problems = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
+        raise StudyError(f"study {study.name}: with its patterns expanded: {problems}") from error
+
+
+def _plain(study: Study, layer: str) -> list[str]:
+    """What one entry of the study's layers stands for."""
+    coder, separator, name = layer.rpartition("@")
+    model = open_subject_model(study.models.subject)
+    if is_site(name):
+        name = translate(name, model.model_type)
+    if not has_wildcard(name):
+        return [f"{coder}{separator}{name}"]
+    names = [coder] if separator else list(study.coders)
+    from_files = [name for name in names if isinstance(study.coders[name], FileCoderConfig)]
+    found = {each: _there(study, each, name, model) for each in from_files}
+    places = list(dict.fromkeys(place for there in found.values() for place in there))
+    if not from_files:
+        places = expand([name], _modules(model.folder, model.model_type))
+    everywhere = not separator and all(found[each] == places for each in from_files)
+    if everywhere:
+        return places
+    return [f"{each}@{place}" for each in names for place in found.get(each, places)]
+
+
+def _there(study: Study, coder: str, pattern: str, model: SubjectModel) -> list[str]:
+    """The hookpoints of a pattern at which a coder's files have one."""
+    config = study.coders[coder]
+    assert isinstance(config, FileCoderConfig)
+    try:
+        return expand([pattern], discover_hookpoints(config, lambda: model.model_type))
+    except ModelError as error:
+        raise StudyError(f"coders.{coder}: {error}") from error
+
+
+@lru_cache(maxsize=8)
+def _modules(folder: Path, model_type: str) -> list[str]:
+    """Every module's path relative to the base model; built without weights."""
+    del model_type  # part of the cache key alone
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    base_model = model.base_model
+    assert isinstance(base_model, nn.Module)
+    return [name for name, _ in base_model.named_modules() if name]
