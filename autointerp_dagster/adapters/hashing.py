@@ -6,8 +6,8 @@ buffers or the Parquet library's version; that is what makes a rerun recognisabl
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import polars as pl
@@ -19,6 +19,24 @@ HASH_BLOCK = 131_072
 """Rows of a table that are hashed at once; also a row group of a table in the store."""
 _MANY = 65_536
 """From so many values on, repeated strings and mostly silent lists are hashed in a shorter form."""
+
+
+_PIECE = 8 * 2**20
+_SAFETENSORS_TYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "|i1",
+    "U64": "<u8",
+    "U32": "<u4",
+    "U16": "<u2",
+    "U8": "|u1",
+    "BOOL": "|b1",
+}
+"""As numpy writes them."""
 
 
 class _Hasher(Protocol):
@@ -68,6 +86,33 @@ def tensors_hash(tensors: Mapping[str, np.ndarray]) -> str:
         array = np.ascontiguousarray(tensors[name])
         hasher.update(f"\0{name}\0{array.dtype.str}\0{array.shape}\0".encode())
         hasher.update(array.tobytes())
+    return hasher.hexdigest()
+
+
+def tensor_file_hash(file: BinaryIO, names: Collection[str] | None = None) -> str:
+    """``tensors_hash`` of the arrays in a safetensors file; only a piece of one is in memory.
+
+    Args:
+        file: Open for reading, at its beginning.
+        names: Only these arrays; null: all.
+
+    Raises:
+        ValueError: If it is no safetensors file, or has arrays of a type that numpy lacks.
+    """
+    n_header = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(n_header))
+    hasher = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for name in sorted(header.keys() - {"__metadata__"} if names is None else names):
+        about = header[name]
+        kind = _SAFETENSORS_TYPES.get(about["dtype"])
+        if kind is None:
+            raise ValueError(f"tensor {name}: type {about['dtype']}, wanted one that numpy has.")
+        start, stop = about["data_offsets"]
+        hasher.update(f"\0{name}\0{kind}\0{tuple(about['shape'])}\0".encode())
+        file.seek(8 + n_header + start)
+        while start < stop and (data := file.read(min(_PIECE, stop - start))):
+            hasher.update(data)
+            start += len(data)
     return hasher.hexdigest()
 
 

@@ -1,10 +1,11 @@
 """What a manifest says: what was made, from what, by which run, at what cost."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from autointerp_dagster.adapters.hashing import combined_hash
+from autointerp_dagster.adapters.hashing import combined_hash, json_hash
 
 FORMAT: Literal[1] = 1
 """Of manifest files; raised when a reader of the old ones would misread the new."""
@@ -123,6 +124,25 @@ class Manifest(_Entry):
         raise KeyError(
             f"{self.stage} {self.cell}: no blob {name!r}; there are {[b.name for b in self.blobs]}."
         )
+
+
+def fingerprint_of(
+    stage: str,
+    version: str,
+    cell: str,
+    parameters: Mapping[str, Any],
+    upstream: Iterable[Upstream],
+) -> str:
+    """Identity of the inputs of a cell: what decides between computing and linking."""
+    return json_hash(
+        {
+            "stage": stage,
+            "version": version,
+            "place": cell,
+            "parameters": parameters,
+            "upstream": sorted([up.asset, up.cell, up.content_hash] for up in upstream),
+        }
+    )
 
 
 def content_hash_of(blobs: tuple[Blob, ...], status: str) -> str:

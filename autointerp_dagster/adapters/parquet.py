@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from autointerp_dagster.adapters.hashing import DIGEST_BYTES, HASH_BLOCK, block_hash, blocks_hash
@@ -65,7 +66,7 @@ def write_frames(file: BinaryIO, table: Table, frames: Iterable[pl.DataFrame]) -
     n_rows = 0
     with pq.ParquetWriter(sink, schema, **options) as writer:
         sink.cut()  # what stands before the first row group
-        for block in _blocks(_in_order(table, frames)):
+        for block in blocks_of(_in_order(table, frames)):
             writer.write_table(block.to_arrow(), row_group_size=HASH_BLOCK)
             row_groups.append(sink.cut())
             hashes.append(block_hash(block))
@@ -94,6 +95,25 @@ def encodings(frame: pl.DataFrame) -> dict[str, Any]:
         "column_encoding": chosen or None,
         "write_statistics": scalars or False,
     }
+
+
+def table_file_hash(file: BinaryIO) -> str:
+    """``table_hash`` of the rows in a Parquet file; only a block of them is in memory.
+
+    Raises:
+        ArrowException, OSError: If it is no Parquet file.
+    """
+    with pq.ParquetFile(file) as parquet:
+        groups = range(parquet.num_row_groups)
+        frames = (_frame(parquet.read_row_group(group)) for group in groups)
+        hashes = [block_hash(block) for block in blocks_of(frames)]
+        return blocks_hash(hashes or [block_hash(_frame(parquet.schema_arrow.empty_table()))])
+
+
+def _frame(table: pa.Table) -> pl.DataFrame:
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    return frame
 
 
 class FileWindow(io.RawIOBase):
@@ -170,7 +190,7 @@ class _Sink(io.RawIOBase):
         return self._whole.hexdigest()
 
 
-def _blocks(frames: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+def blocks_of(frames: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
     """The same rows in frames of ``HASH_BLOCK``, the last perhaps shorter; none is empty."""
     held: list[pl.DataFrame] = []
     n_held = 0

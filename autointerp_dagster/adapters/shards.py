@@ -27,6 +27,10 @@ OFFSETS = "activation_offsets"
 """Name of the blob beside ``activations``: ``row_offsets`` (one more than the cell has latents) and
 ``start``, ``stop``, ``digest`` of every row group and, last of all, of the footer."""
 
+_ROW_OFFSETS = "row_offsets"
+CONTENT = (_ROW_OFFSETS,)
+"""The arrays of it that say something; the others tell how ``activations`` happens to be stored."""
+
 _FRAME_GROUPS = 2
 """Row groups in one frame of :meth:`ActivationShard.frames`."""
 
@@ -56,7 +60,7 @@ def write_shard(
             "they came from is damaged; make them again."
         )
     parts = part_arrays([*file.row_groups, file.footer])
-    side = store.put_tensors(OFFSETS, {"row_offsets": offsets, **parts}, content=["row_offsets"])
+    side = store.put_tensors(OFFSETS, {_ROW_OFFSETS: offsets, **parts}, content=CONTENT)
     return [blob, side]
 
 
@@ -80,7 +84,7 @@ class ActivationShard:
             self.firing_counts = store.table(manifest.blob(FIRING_COUNTS.name))
             """``schemas.FIRING_COUNTS`` of the whole layer."""
             side = store.tensors(manifest.blob(OFFSETS))
-        self._offsets: Int64[np.ndarray, " boundary"] = side["row_offsets"]
+        self._offsets: Int64[np.ndarray, " boundary"] = side[_ROW_OFFSETS]
         *self._row_groups, self._footer = parts_of(side)
         self.latents = range(cell.start, cell.start + self._offsets.size - 1)
         """The latents of the cell that the coder has."""

@@ -215,19 +215,7 @@ class Store:
             StoreError: If it is missing, was changed after it was written, or has a format that
                 this version does not read.
         """
-        data = self._read(path)
-        if hashlib.sha256(data).hexdigest()[:32] != Path(path).stem:
-            raise StoreError(
-                f"{self.root}/{path}: the content does not match the manifest's name. It was "
-                "changed or damaged; delete it and materialize the cell again."
-            )
-        try:
-            return Manifest.from_json(data).stored_at(path)
-        except ValueError as error:
-            raise StoreError(
-                f"{self.root}/{path}: a manifest of another version of this package: {error}. "
-                "Use that version, or materialize the cell again."
-            ) from error
+        return checked_manifest(self.root, path, self._read(path))
 
     def find(self, stage: str, input_fingerprint: str) -> Manifest | None:
         """The newest complete manifest of any study with these inputs, or null.
@@ -356,6 +344,27 @@ class Store:
                 f"{self.root}/{path}: cannot be written: {error}. Nothing of it will be read; "
                 "free space or fix the permissions and run again."
             ) from error
+
+
+def checked_manifest(root: UPath, path: str, data: bytes) -> Manifest:
+    """The manifest that was read at a path of a store.
+
+    Raises:
+        StoreError: If it was changed after it was written, or has a format that this version does
+            not read.
+    """
+    if hashlib.sha256(data).hexdigest()[:32] != Path(path).stem:
+        raise StoreError(
+            f"{root}/{path}: the content does not match the manifest's name. It was changed or "
+            "damaged; delete it and materialize the cell again."
+        )
+    try:
+        return Manifest.from_json(data).stored_at(path)
+    except ValueError as error:
+        raise StoreError(
+            f"{root}/{path}: a manifest of another version of this package: {error}. "
+            "Use that version, or materialize the cell again."
+        ) from error
 
 
 def _remove_forgotten(folder: Path) -> None:

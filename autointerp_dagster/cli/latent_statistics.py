@@ -1,6 +1,7 @@
 """What is known of one latent's activations, as a few lines."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,28 +25,45 @@ _NO_TEXT = repr("")
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def add_statistics(
-    tree: Tree, study: Study, store: Store, cache: Manifest, dataset: TokenDataset, latent: int
-) -> None:
-    """Adds a branch with the statistics that the activation cache holds of a latent.
+@dataclass(frozen=True, slots=True)
+class LatentStatistics:
+    """How one latent fires."""
 
-    Adds nothing for a cache that was made before there were statistics. Tokens are shown as the
-    study's present tokenizer reads them, or as ids where it cannot be had.
+    manifest: str
+    """Path of the activation cache's manifest."""
+    n_kept: int
+    """Tokens that activations are kept for."""
+    row: dict[str, Any]
+    """Of ``schemas.LATENT_STATISTICS``; tokens are ids."""
+
+
+def read_statistics(
+    store: Store, cache: Manifest, dataset: TokenDataset, latent: int
+) -> LatentStatistics | None:
+    """The statistics that the activation cache holds of a latent.
+
+    Null for a latent beyond the coder's width, or a cache from before there were statistics.
 
     Args:
-        tree: What the branch is added to.
-        study: Names the subject model.
         store: Where the cache is.
         cache: The manifest of the latent's cell.
         dataset: What the activations were computed on.
         latent: In the cell's range.
     """
     blobs = [blob for blob in cache.blobs if blob.name == LATENT_STATISTICS.name]
-    rows = [store.table(blob, pc.field("latent") == latent) for blob in blobs]
-    for row in pl.concat([LATENT_STATISTICS.empty(), *rows]).iter_rows(named=True):
-        branch = tree.add("activations")
-        for line in statistics_lines(row, _n_kept(dataset), _text_of(study)):
-            branch.add(escape(line))
+    tables = [store.table(blob, pc.field("latent") == latent) for blob in blobs]
+    rows = pl.concat([LATENT_STATISTICS.empty(), *tables]).to_dicts()
+    return LatentStatistics(str(cache.path), _n_kept(dataset), rows[0]) if rows else None
+
+
+def add_statistics(tree: Tree, study: Study, known: LatentStatistics) -> None:
+    """Adds a branch with what is known of how a latent fires.
+
+    Tokens are shown as the study's present tokenizer reads them, or as ids where it cannot be had.
+    """
+    branch = tree.add("activations")
+    for line in statistics_lines(known.row, known.n_kept, _text_of(study)):
+        branch.add(escape(line))
 
 
 def statistics_lines(

@@ -1,7 +1,7 @@
 """Materializing a study in this process: one run for the cells, then layers, then the study."""
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -9,10 +9,11 @@ import dagster as dg
 from rich.console import Console
 from rich.table import Table
 
+from autointerp_dagster.adapters.heads import Name, read_heads
 from autointerp_dagster.adapters.llm import SpendFile
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.core.errors import AutoInterpError, StudyError
-from autointerp_dagster.core.types import Cell, Place
+from autointerp_dagster.core.types import Cell, LatentRange, LayerKey, Place, WholeStudy
 from autointerp_dagster.definitions import build_resources, build_study
 from autointerp_dagster.partitions import partition_key
 from autointerp_dagster.resources.events import asset_key
@@ -76,6 +77,7 @@ def materialize(
     selection: Selection,
     instance: dg.DagsterInstance,
     mode: Literal["record", "replay"] = "record",
+    only: Collection[Name] | None = None,
 ) -> str:
     """Materializes a selection in this process.
 
@@ -84,6 +86,7 @@ def materialize(
         selection: What of it.
         instance: Where the runs are kept.
         mode: In ``replay`` language models are not asked: the journal answers, or nobody does.
+        only: Names of the places that may be looked at at all; null: all of the selection.
 
     Returns:
         Under which name its spending is counted.
@@ -92,11 +95,50 @@ def materialize(
         AutoInterpError: What went wrong in a stage, as the stage said it.
     """
     asking = set(stages_that_ask(study)) if mode == "replay" else set()
-    check_study(study, {stage.name for stage in selection.stages} - asking)
+    runs = list(_chosen_runs(study, selection, only))
+    names = {stage.name for stages, _ in runs for stage in stages}
+    if names:
+        check_study(study, names - asking)
     budget = str(uuid.uuid4())
-    for stages, places in _runs(study, selection):
+    for stages, places in runs:
         _run(study, stages, places, budget, instance=instance, mode=mode)
     return budget
+
+
+def _chosen_runs(
+    study: Study, selection: Selection, only: Collection[Name] | None
+) -> Iterator[tuple[list[Stage], list[Place]]]:
+    return _runs(study, selection) if only is None else _runs_over(study, selection, only)
+
+
+def _runs_over(
+    study: Study, selection: Selection, only: Collection[Name]
+) -> Iterator[tuple[list[Stage], list[Place]]]:
+    """The Dagster runs over some places of a selection, an input before what is made from it.
+
+    A run takes a rectangle of cells and the same stages for all of them. A stage that reads every
+    range of a layer begins new runs, so that the ranges are there.
+    """
+    wholes = [stage for stage in selection.stages if (stage.name, str(WholeStudy())) in only]
+    yield [stage for stage in wholes if not stage.follows], []
+    phases: list[list[Stage]] = [[]]
+    for stage in selection.stages:
+        if stage.scope == "cell":
+            phases += [[]] if stage.spans else []
+            phases[-1].append(stage)
+    for phase in phases:
+        groups: dict[tuple[Stage, ...], list[Cell]] = {}
+        for cell in selection.cells:
+            stages = tuple(stage for stage in phase if (stage.name, str(cell)) in only)
+            groups.setdefault(stages, []).append(cell)
+        for stages, cells in groups.items():
+            for rectangle in _rectangles(study, cells):
+                yield list(stages), list(rectangle)
+    for stages, places in _runs(study, selection):
+        if stages and stages[0].scope == "layer":
+            yield [stage for stage in stages if (stage.name, str(places[0])) in only], places
+        elif stages and stages[0].follows:
+            yield [stage for stage in wholes if stage.follows], []
 
 
 def _runs(study: Study, selection: Selection) -> Iterator[tuple[list[Stage], list[Place]]]:
@@ -122,10 +164,11 @@ def print_outcome(
     study: Study, selection: Selection, store: Store, budget: str, console: Console
 ) -> None:
     """Prints what a command left undone and what it paid; nothing if there is nothing to say."""
+    known = read_heads(store, study.name).manifests
     for stage in selection.stages:
         if stage.scope != "cell":
             continue
-        heads = [store.head(study.name, stage.name, str(cell)) for cell in selection.cells]
+        heads = [known.get((stage.name, str(cell))) for cell in selection.cells]
         n_cut = sum(head is not None and not head.complete for head in heads)
         if n_cut:
             console.print(
@@ -139,19 +182,22 @@ def print_outcome(
         )
 
 
-def print_dry_run(study: Study, selection: Selection, console: Console) -> None:
+def print_dry_run(
+    study: Study, selection: Selection, console: Console, only: Collection[Name] | None = None
+) -> None:
     """Prints what a run would look at, and what of it the store already holds."""
     store = StoreResource().of(study)
     table = Table(
         "stage", "places", "made before (maybe out of date)", title=f"{study.name}: dry run"
     )
     looked_at: dict[str, list[Place]] = {}
-    for stages, places in _runs(study, selection):
+    for stages, places in _chosen_runs(study, selection, only):
         for stage in stages:
             at = list(places) if stage.scope != "study" else list(places_of(study, "study"))
             looked_at.setdefault(stage.name, []).extend(at)
+    known = read_heads(store, study.name).manifests
     for name, places in looked_at.items():
-        heads = [store.head(study.name, name, str(place)) for place in places]
+        heads = [known.get((name, str(place))) for place in places]
         made = sum(head is not None and head.complete for head in heads)
         table.add_row(name, str(len(places)), str(made))
     console.print(table)
@@ -192,14 +238,20 @@ def _run(
         raise
 
 
-def _rectangles(study: Study, cells: tuple[Cell, ...]) -> list[list[Cell]]:
+def _rectangles(study: Study, cells: Sequence[Cell]) -> list[list[Cell]]:
     """The cells as rectangles of neighbouring layers and ranges: a run takes one of them."""
-    layers = _blocks(
-        [k for k in study.layer_keys if k in {c.layer for c in cells}], study.layer_keys
-    )
-    ranges = _blocks([r for r in study.ranges if r in {c.range for c in cells}], study.ranges)
+    ranges_of: dict[LayerKey, set[LatentRange]] = {}
+    for cell in cells:
+        ranges_of.setdefault(cell.layer, set()).add(cell.range)
+    layers_of: dict[frozenset[LatentRange], list[LayerKey]] = {}
+    for layer in study.layer_keys:
+        if layer in ranges_of:
+            layers_of.setdefault(frozenset(ranges_of[layer]), []).append(layer)
     return [
-        [Cell(layer, r) for layer in rows for r in block] for rows in layers for block in ranges
+        [Cell(layer, r) for layer in rows for r in block]
+        for chosen, layers in layers_of.items()
+        for rows in _blocks(layers, study.layer_keys)
+        for block in _blocks([r for r in study.ranges if r in chosen], study.ranges)
     ]
 
 

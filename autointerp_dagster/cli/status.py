@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
+from autointerp_dagster.adapters.heads import read_heads
 from autointerp_dagster.adapters.manifests import Manifest
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.study import Study
@@ -14,13 +15,11 @@ def print_status(study: Study, store: Store, console: Console) -> None:
     table = Table(
         "stage", "made", "cut short", "missing", "rows", "seconds", "USD", title=study.name
     )
+    known, damaged = read_heads(store, study.name)
     for stage in stages_of(study):
         if stage.is_external:
             continue
-        heads = [
-            store.head(study.name, stage.name, str(place))
-            for place in places_of(study, stage.scope)
-        ]
+        heads = [known.get((stage.name, str(place))) for place in places_of(study, stage.scope)]
         made = [head for head in heads if head is not None]
         usd = sum(head.provenance.usage.get("usd", 0) for head in made)
         cut_short = [head for head in made if not head.complete]
@@ -35,6 +34,10 @@ def print_status(study: Study, store: Store, console: Console) -> None:
         )
     console.print(table)
     console.print(f"Results: {store.root}")
+    if damaged:
+        console.print(
+            f"Damaged: {len(damaged)} places, counted as missing. See `autointerp verify`."
+        )
 
 
 def _n_rows(head: Manifest) -> int:

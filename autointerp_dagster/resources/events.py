@@ -46,9 +46,14 @@ def report_place(
     manifest: Manifest,
     shown: Mapping[str, dg.MetadataValue],
 ) -> None:
-    """Records the materialization of one place, as its manifest describes it."""
+    """Records the materialization of one place, as its manifest describes it.
+
+    What was cut short carries a code version of its own, so that Dagster calls it stale: a run
+    would not take it as it is.
+    """
+    version = code_version(study, stage)
     tags = {
-        _CODE_VERSION: code_version(study, stage),
+        _CODE_VERSION: version if manifest.complete else f"{version}.cut_short",
         _DATA_VERSION: manifest.content_hash,
         _USER_PROVIDED: "true",
     }

@@ -30,14 +30,13 @@ from autointerp_dagster.core.types import (
     silent,
 )
 from autointerp_dagster.resources.coders import Coders
-from autointerp_dagster.resources.corpora import Corpora
-from autointerp_dagster.resources.embedders import Embedders
 from autointerp_dagster.resources.explaining import ExplainingWork
+from autointerp_dagster.resources.identities import Identities
 from autointerp_dagster.resources.judging import answering
 from autointerp_dagster.resources.models import SubjectModels
 from autointerp_dagster.resources.replaying import Heard, Replayed
 from autointerp_dagster.resources.scoring import NO_EXPLAINER, Explained, ScoringWork
-from autointerp_dagster.resources.stage_inputs import External, StageInputs
+from autointerp_dagster.resources.stage_inputs import StageInputs
 from autointerp_dagster.study import Study
 from autointerp_dagster.study.parameters import (
     LLMPart,
@@ -157,6 +156,7 @@ class Survey:
         self._cells = cells
         self._stand_ins: StandIns = stand_ins or (lambda _, frame: frame)
         self._coders = Coders()
+        self._identities = Identities.of(study)
         self._open = ExitStack()
         self._heard: Heard = deque()
         """What was asked since somebody last took it from here."""
@@ -330,30 +330,18 @@ class Survey:
         return models
 
     def _upstream_stages(self) -> dict[str, StageInputs]:
-        model, corpus = SubjectModels().of(self.study), Corpora().of(self.study)
-        external: External = {
-            "subject_model": lambda _: model.identity(),
-            "corpus": lambda _: corpus.identity(),
-            "sparse_coders": self._coder_version,
-        }
         made = {stage.name for stage in stages_of(self.study)}
         return {
             name: StageInputs.of(
-                self.store, self.study, name, models=self._asked_by(name), external=external
+                self.store,
+                self.study,
+                name,
+                models=self._identities.models(name),
+                external=self._identities.external,
             )
             for name in _UPSTREAM
             if name in made
         }
-
-    def _asked_by(self, name: str) -> dict[str, str]:
-        """Identities of the models that such a stage asks."""
-        if name != "window_embeddings":
-            return {}
-        return {"embedder": Embedders().of(self.study).identity}
-
-    def _coder_version(self, place: Place) -> str:
-        assert isinstance(place, LayerKey)  # the scope of sparse_coders
-        return self._coders.identity(self.study, place)
 
     def _explaining_work(self) -> ExplainingWork:
         parts = parts_asked(self.study, EXPLAIN)
@@ -365,7 +353,7 @@ class Survey:
             self.study,
             EXPLAIN,
             models=asked,
-            external={"sparse_coders": self._coder_version},
+            external=self._identities.external,
         )
         return ExplainingWork(stage, self.study, llms, self._coders, subject, self._progress)
 

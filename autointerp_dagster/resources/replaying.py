@@ -28,12 +28,10 @@ class Replayed:
             ModelError: If a local model cannot be found.
         """
         self.config = config
-        if isinstance(config, RemoteLLMConfig) and config.serve is not None:
-            config = config.at(_NOWHERE)
         self._missing: dict[str, Request] = {}
         self._heard = heard
         self._llm = JournaledLLM(
-            open_backend(config),
+            open_backend(unserved(config)),
             journal,
             mode="replay",
             on_missing=self._note,
@@ -53,3 +51,13 @@ class Replayed:
 
     def _note(self, request: Request, call_id: str) -> None:
         self._missing[call_id] = request
+
+
+def unserved(config: LLMConfig) -> LLMConfig:
+    """The same model, its identity included, for somebody who asks it nothing.
+
+    A server that a run would start is not started for it.
+    """
+    if isinstance(config, RemoteLLMConfig) and config.serve is not None:
+        return config.at(_NOWHERE)
+    return config

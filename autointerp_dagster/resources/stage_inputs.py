@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 
 from autointerp_dagster.adapters.hashing import json_hash
-from autointerp_dagster.adapters.manifests import Manifest, Part, Upstream
+from autointerp_dagster.adapters.manifests import Manifest, Part, Upstream, fingerprint_of
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.schemas import Table
@@ -79,16 +79,9 @@ class StageInputs:
 
     def fingerprint(self, place: Place) -> str:
         """Identity of the inputs of a place: decides between computing and linking."""
-        return json_hash(
-            {
-                "stage": self.stage.name,
-                "version": self.stage.version,
-                "place": str(place),
-                "parameters": self.parameters,
-                "upstream": sorted(
-                    [up.asset, up.cell, up.content_hash] for up in self.upstream(place)
-                ),
-            }
+        stage = self.stage
+        return fingerprint_of(
+            stage.name, stage.version, str(place), self.parameters, self.upstream(place)
         )
 
     def made(self, place: Place) -> Manifest | None:

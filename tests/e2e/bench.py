@@ -20,6 +20,7 @@ from autointerp_dagster.cli.run import Selection, materialize
 from autointerp_dagster.definitions import build_definitions
 from autointerp_dagster.partitions import partition_key
 from autointerp_dagster.resources.events import asset_key
+from autointerp_dagster.resources.staleness import OutOfDate, out_of_date
 from autointerp_dagster.study import Study, load_study
 from autointerp_dagster.study.stages import STAGES, places_of, stages_of
 
@@ -89,6 +90,12 @@ class Bench:
         study = self.study
         materialize(study, Selection.of(study, layers, ranges, until), self.instance)
 
+    def run_stale(self, layers: list[str] | None = None) -> None:
+        """As ``autointerp run --stale`` does."""
+        study, only = self.study, {one.name for one in self.out_of_date()}
+        selection = Selection.of(study, layers, None, None)
+        materialize(study, selection, self.instance, only=only)
+
     def heads(self) -> dict[Name, Manifest]:
         """The present manifest of every place that has one."""
         study, store = self.study, self.store
@@ -136,8 +143,27 @@ class Bench:
         }
 
     def stale(self) -> set[Name]:
-        """The places that are not FRESH."""
-        return {name for name, status in self.statuses().items() if status != "FRESH"}
+        """The places that are not FRESH, by Dagster and by `autointerp stale` alike.
+
+        The command knows changed files before they are observed; Dagster does not.
+        """
+        found = {name for name, status in self.statuses().items() if status != "FRESH"}
+        assert {one.name for one in self.out_of_date() if one.is_direct} == found
+        return found
+
+    def out_of_date(self) -> list[OutOfDate]:
+        """What `autointerp stale` lists."""
+        return out_of_date(self.study, self.store)
+
+    def n_events(self) -> dict[str, int]:
+        """Materializations that Dagster knows of, by asset."""
+        study = self.study
+        found = {
+            stage.name: self.instance.fetch_materializations(asset_key(study, stage), limit=1000)
+            for stage in stages_of(study)
+            if not stage.is_external
+        }
+        return {name: len(result.records) for name, result in found.items()}
 
     def observe(self, asset: str) -> None:
         """Observes an external asset, as the UI's button does."""

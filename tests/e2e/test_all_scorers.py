@@ -7,11 +7,15 @@ import dagster as dg
 import polars as pl
 import pytest
 from bench import Bench
+from dagster_walk import DagsterWalk
 
 from autointerp_dagster.adapters.llm.fake.server import FakeLLMServer
+from autointerp_dagster.cli.walk import Walk
 from autointerp_dagster.core.metrics import FAMILIES, HEADLINE
 from autointerp_dagster.core.schemas import TABLES
-from autointerp_dagster.study.stages import STAGES
+from autointerp_dagster.partitions import partition_key
+from autointerp_dagster.resources.events import asset_key
+from autointerp_dagster.study.stages import STAGES, places_of, stages_of
 
 MEANING = (1, 5, 9)
 """Latents with a rule in words."""
@@ -89,6 +93,23 @@ def test_every_table_conforms(bench: Bench) -> None:
                 assert frame.equals(table.conform(frame))
                 checked.add(table.name)
     assert checked == set(declared)
+
+
+def test_the_walk_of_every_stage_is_the_one_that_dagster_recorded(bench: Bench) -> None:
+    study, store, recorded = bench.study, bench.store, DagsterWalk(bench)
+    heads, n_walked = bench.heads(), 0
+    for stage in stages_of(study):
+        for place in () if stage.is_external else places_of(study, stage.scope):
+            head = heads[stage.name, str(place)]
+            event = recorded.newest(asset_key(study, stage), partition_key(place))
+            assert event is not None
+            assert event.version == head.content_hash
+            walk = Walk.start(store, head)
+            mine = {(m.stage, m.cell): m.content_hash for ms in walk.made_from.values() for m in ms}
+            mine |= {(name.split()[0], name.split()[1]): v for name, v in walk.external.items()}
+            assert recorded.below(event) == mine, (stage.name, str(place))
+            n_walked += len(mine)
+    assert n_walked > 200
 
 
 @pytest.mark.parametrize("explainer", ["default", "contrastive", "best_of_n", "refine"])

@@ -1,7 +1,9 @@
 """The commands, on a study that is done."""
 
 import io
+import json
 import re
+from dataclasses import replace
 
 import polars as pl
 import pytest
@@ -11,7 +13,7 @@ from typer.testing import CliRunner
 
 from autointerp_dagster.cli import app
 from autointerp_dagster.cli.report import print_report
-from autointerp_dagster.cli.why import Walk
+from autointerp_dagster.cli.walk import Walk
 
 
 def invoke(*arguments):
@@ -53,6 +55,43 @@ def test_why_walks_to_documents_prompts_and_weights(small):
     assert f"explanation of latent {row['explanation_of']} (other)" in answer.stdout
 
 
+def test_the_walk_as_json_and_on_the_terminal_are_one(small):
+    row = scored_latent(small)
+    asked = ("why", small.path, f"{row['coder']}@{row['hookpoint']}", row["latent"])
+    walk, shown = json.loads(invoke(*asked, "--json").stdout), invoke(*asked).stdout
+    scores, explained = walk["scores"], [e for s in walk["scores"] for e in s["explained"]]
+    windows = [window for e in explained for window in e["windows"]]
+    calls = [c for c in (*(e["written_by"] for e in explained), *(w["judged_by"] for w in windows))
+             if c is not None]  # fmt: skip
+    made = [m for s in scores for m in (s["made"], *s["made_from"])]
+    assert {s["made"]["asset"] for s in scores} == {"score_detection", "score_fuzzing"}
+    assert windows
+    assert {m["manifest"] for m in made} == set(re.findall(r"\w+/[0-9a-f]{32}/\w+\.json", shown))
+    assert {c["call_id"] for c in calls} == set(re.findall(r" by call (\w+)", shown))
+    assert [str(w["window_id"]) for w in windows] == re.findall(r" window (\d+) \(", shown)
+    assert [w["document"] for w in windows] == re.findall(r"of document '([^']+)'", shown)
+    assert {f"{name}: hash {v}" for s in scores for name, v in s["external"].items()} == set(
+        re.findall(r"\w+ [\w@.]+: hash \w+", shown)
+    )
+    assert all(repr(e["explanation"]) in shown for e in explained)
+    assert all(repr(c["messages"][-1]["content"])[:100] in shown for c in calls)
+    assert all(f"answered: {c['answer']!r}" in shown for c in calls)
+    (activations,) = [s["activations"] for s in scores if s["activations"] is not None]
+    assert f"fires on {activations['row']['n_tokens']:,} of {activations['n_kept']:,}" in shown
+    assert activations["manifest"] in {m["manifest"] for m in made}
+
+
+def test_as_many_windows_are_walked_as_are_asked_for(small):
+    row = scored_latent(small)
+    layer = f"{row['coder']}@{row['hookpoint']}"
+    asked = ("why", small.path, layer, row["latent"], "--scorer", "detection", "--json")
+    for n in (0, 10**6):
+        (score,) = json.loads(invoke(*asked, "--windows", n).stdout)["scores"]
+        for explained in score["explained"]:
+            assert len(explained["windows"]) == min(n, explained["n_windows"])
+            assert explained["n_windows"] > 4
+
+
 def test_why_still_explains_an_old_score_after_a_newer_run(world, server, tmp_path, instance):
     bench = Bench(tmp_path, world, server.base_url, instance, SMALL)
     bench.run()
@@ -80,6 +119,32 @@ def test_status_counts_what_is_done(small):
     n_cells = len(small.study.cells)
     assert re.search(rf"score_detection\W+{n_cells}/{n_cells}", answer.stdout)
     assert re.search(r"study_metrics\W+1/1", answer.stdout)
+
+
+def test_of_a_finished_study_nothing_is_out_of_date(small):
+    answer = invoke("stale", small.path)
+    assert answer.stdout == f"planted: nothing is out of date ({len(small.heads())} places).\n"
+    said = json.loads(invoke("stale", small.path, "--json").stdout)
+    assert said == {"study": "planted", "n_places": len(small.heads()), "out_of_date": []}
+
+
+def test_an_edited_study_is_told_what_it_makes_out_of_date(small, tmp_path):
+    metrics = {"metrics": {"n_bootstrap": 200}}
+    edited = replace(small, folder=tmp_path, overrides={**small.overrides, **metrics})
+    path = edited.path
+    path.write_text(path.read_text().replace(str(tmp_path / "store"), str(small.folder / "store")))
+    shown = invoke("stale", path).stdout
+    assert "parameter: n_bootstrap 100 -> 200" in shown
+    assert "3 by themselves, 0 because" in shown
+    listed = json.loads(invoke("stale", path, "--json").stdout)["out_of_date"]
+    by_asset = {one["asset"]: one for one in listed}
+    assert set(by_asset) == {"layer_metrics", "study_metrics"}
+    (cause,) = [c for c in by_asset["layer_metrics"]["causes"] if c["kind"] == "parameter"]
+    assert (cause["key"], cause["old"], cause["new"]) == ("n_bootstrap", 100, 200)
+    assert by_asset["layer_metrics"]["is_direct"]
+    dry = invoke("run", path, "--stale", "--dry-run").stdout
+    assert re.search(rf"layer_metrics\W+{len(small.study.layer_keys)}\W", dry)
+    assert "score_detection" not in dry
 
 
 def report_of(bench, **limits):

@@ -98,8 +98,13 @@ def test_changed_weights_make_only_their_layer_stale_and_new(
     bench.observe("sparse_coders")
     cells = [str(cell) for cell in bench.study.cells if cell.layer.hookpoint == "h.1"]
     assert bench.stale() == {(asset, cell) for asset in RIGHT_BELOW_CODERS for cell in cells}
+    assert {one.name for one in bench.out_of_date()} == {
+        (asset, place)
+        for asset, place in before
+        if place in (*cells, "sae@h.1", "all") and asset != "token_dataset"
+    }
 
-    bench.run()
+    bench.run_stale()
     assert bench.stale() == set()
     moved = changed(before, bench)
     assert {place for _, place in moved} <= {*cells, "sae@h.1", "all"}
@@ -146,7 +151,11 @@ def test_a_new_prompt_scores_again_in_its_scorer_alone(
     monkeypatch.setattr(fuzzing, "VERSION", "another wording")
     cells = {("score_fuzzing", str(cell)) for cell in linked.study.cells}
     assert linked.stale() == cells
-    linked.run()
+    before = linked.n_events()
+    linked.run_stale()
+    n_new = {name: n - before[name] for name, n in linked.n_events().items()}
+    looked_at = {"score_fuzzing", "latent_metrics", "layer_metrics", "study_metrics"}
+    assert {name for name, n in n_new.items() if n} == looked_at
     moved = {asset for asset, _ in changed(small, linked)}
     assert "score_fuzzing" in moved
     assert not moved & {"score_detection", "explanations", "latent_records", "activation_cache"}

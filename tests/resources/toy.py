@@ -55,15 +55,17 @@ class Toy:
     """Places that are committed as not complete."""
     computed: list[Name] = field(default_factory=list)
     """In order, over all runs."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Of the study's file; ``models`` is merged with what is there."""
     commit_of: Callable[[StageRun, Place], Commit] | None = None
     """What is committed instead of one line, if given."""
 
     @property
     def study(self) -> Study:
+        models = {"subject": {"source": "none"}, "explainer": {"source": "none"}}
         return Study.model_validate(
             {
                 "name": self.name,
-                "models": {"subject": {"source": "none"}, "explainer": {"source": "none"}},
                 "corpus": {"kind": "embedded"},
                 "coders": {"sae": {"path": "none"}},
                 "layers": ["h.0", "h.1"],
@@ -71,6 +73,8 @@ class Toy:
                 "range_size": 10,
                 "explainers": {"default": {"kind": "default"}},
                 "floors": {"donor_block": 10},
+                **self.changes,
+                "models": {**models, **self.changes.get("models", {})},
             }
         )
 

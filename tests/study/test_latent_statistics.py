@@ -18,6 +18,7 @@ from autointerp_dagster.adapters.manifests import Manifest, Provenance, content_
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.cli.latent_statistics import (
     add_statistics,
+    read_statistics,
     sparkline,
     statistics_lines,
 )
@@ -112,7 +113,9 @@ def shown(tmp_path, tiny_subject_model_dir):
             }
         )
         store, tree, out = Store(tmp_path), Tree("root"), io.StringIO()
-        add_statistics(tree, study, store, cache_of(store, *frames), dataset, latent)
+        known = read_statistics(store, cache_of(store, *frames), dataset, latent)
+        if known is not None:
+            add_statistics(tree, study, known)
         Console(file=out, width=200).print(tree)
         return out.getvalue()
 

@@ -6,12 +6,13 @@ import numpy as np
 import polars as pl
 import pytest
 from rich.console import Console
-from rich.tree import Tree
 
 from autointerp_dagster.adapters.manifests import Manifest, Provenance, Upstream, content_hash_of
 from autointerp_dagster.adapters.storage import Store
+from autointerp_dagster.cli.lineage import LatentWalk, Made, ScoreWalk
 from autointerp_dagster.cli.status import _n_rows
-from autointerp_dagster.cli.why import Walk, _add_manifests, _verdict_line
+from autointerp_dagster.cli.walk import Walk, judged_window
+from autointerp_dagster.cli.why import print_walk, verdict_line
 from autointerp_dagster.core.schemas import CONTEXTS, DOCUMENTS, WINDOWS
 from autointerp_dagster.core.tokens import TokenDataset
 
@@ -52,13 +53,14 @@ def walk(tmp_path):
 
 
 def test_a_walk_names_every_range_that_neighbours_were_counted_on(walk):
-    tree, out = Tree("root"), io.StringIO()
-    _add_manifests(tree, walk)
-    Console(file=out, width=200).print(tree)
+    made_from = tuple(Made.of(m) for manifests in walk.made_from.values() for m in manifests)
+    score = ScoreWalk(Made.of(walk.manifest), "no verdict", (), made_from, walk.external, None)
+    out = io.StringIO()
+    print_walk(None, LatentWalk("s", LAYER, 12, (score,)), Console(file=out, width=200))
     assert "activation_cache: 2 ranges" in out.getvalue()
     assert {m.cell for m in walk.made_from["activation_cache"]} == {OWN, OTHER}
-    for manifests in walk.made_from.values():
-        assert all(manifest.path in out.getvalue() for manifest in manifests)
+    assert [made.asset for made in made_from].count("activation_cache") == 2
+    assert all(made.manifest in out.getvalue() for made in (score.made, *made_from))
 
 
 def test_a_walk_names_the_version_of_the_text(tmp_path):
@@ -90,11 +92,12 @@ def test_a_verdict_names_its_kind_of_negative_and_who_fires_there(walk):
         0,
     )
     verdict = {
-        "explainer": "e", "prediction": True, "score": None, "predicted": None, "status": "ok",
-        "is_activating": False, "negative_kind": "neighbour", "window_id": 65_536 + 8,
+        "variant": "all", "prediction": True, "probability": None, "score": None,
+        "predicted": None, "status": "ok", "reason": None, "is_activating": False,
+        "negative_kind": "neighbour", "window_id": 65_536 + 8,
     }  # fmt: skip
     lines = [
-        _verdict_line(verdict | changed, dataset, walk.neighbours(12))
+        verdict_line(judged_window(verdict | changed, dataset, walk.neighbours(12), None), "e")
         for changed in (
             {},
             {"negative_kind": "random", "window_id": 8},

@@ -1,7 +1,14 @@
 """Every parameter of a study, once: frozen pydantic models that ``study.py`` composes."""
 
 from autointerp_dagster.core.config.base import Parameters
+from autointerp_dagster.core.config.baseline_coders import (
+    BaselineCoderConfig,
+    NeuronsCoderConfig,
+    PCACoderConfig,
+    RandomCoderConfig,
+)
 from autointerp_dagster.core.config.coders import CoderConfig, CoderFormat, FileCoderConfig
+from autointerp_dagster.core.config.computing import ComputingConfig
 from autointerp_dagster.core.config.corpus import (
     CorpusConfig,
     EmbeddedCorpusConfig,
@@ -58,9 +65,11 @@ from autointerp_dagster.core.config.scoring import (
 
 __all__ = [
     "AdaptiveConfig",
+    "BaselineCoderConfig",
     "BestOfNExplainerConfig",
     "CoderConfig",
     "CoderFormat",
+    "ComputingConfig",
     "ContrastiveExplainerConfig",
     "CorpusConfig",
     "DefaultExplainerConfig",
@@ -86,8 +95,11 @@ __all__ = [
     "MetricsConfig",
     "ModelsConfig",
     "NeighboursConfig",
+    "NeuronsCoderConfig",
     "OutputExplainerConfig",
+    "PCACoderConfig",
     "Parameters",
+    "RandomCoderConfig",
     "RefineExplainerConfig",
     "RemoteLLMConfig",
     "SamplingConfig",

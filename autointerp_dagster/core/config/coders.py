@@ -1,11 +1,11 @@
 """The sparse coders of a study."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from autointerp_dagster.core.config.base import Parameters
+from autointerp_dagster.core.config.computing import ComputingConfig
 
 CoderFormat = Literal[
     "auto",
@@ -21,10 +21,8 @@ CoderFormat = Literal[
 """Layouts of files that sparse coders are published in."""
 
 
-class FileCoderConfig(Parameters, frozen=True):
+class FileCoderConfig(ComputingConfig, frozen=True):
     """Sparse coders from files, in a local folder or a repository of the Hugging Face Hub."""
-
-    execution_only: ClassVar[frozenset[str]] = frozenset({"screen", "compiled"})
 
     format: CoderFormat = "auto"
     """``auto`` tells by the names of the files."""
@@ -47,16 +45,6 @@ class FileCoderConfig(Parameters, frozen=True):
     writes: str | None = None
     """Hookpoint that a transcoder's decoder adds to, likewise; null: as the files say, or, with
     ``reads`` alone, the same."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """On a GPU: of the encoder's product. bfloat16 is several times faster and rounds every
-    pre-activation."""
-    screen: Literal["auto", "bfloat16", "float32"] = "auto"
-    """On a CPU: what all latents are scored in before the few that may fire are computed in
-    float32, which decides. ``auto``: bfloat16 where the CPU multiplies it in hardware and it pays.
-    ``float32`` suits a coder with a few huge dimensions. A GPU has ``precision`` instead.
-    """
-    compiled: bool = False
-    """On a GPU: whether to encode with ``torch.compile``; on a CPU it changes nothing."""
 
     @model_validator(mode="after")
     def _check_where(self) -> "FileCoderConfig":

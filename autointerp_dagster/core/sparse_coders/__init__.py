@@ -2,6 +2,7 @@
 
 from autointerp_dagster.core.sparse_coders.inputs import InputNorm
 from autointerp_dagster.core.sparse_coders.linear import Computing, LinearCoder, Precision
+from autointerp_dagster.core.sparse_coders.neurons import NeuronCoder
 from autointerp_dagster.core.sparse_coders.protocol import (
     PlacedCoder,
     SparseActivations,
@@ -23,6 +24,7 @@ __all__ = [
     "GroupMax",
     "InputNorm",
     "LinearCoder",
+    "NeuronCoder",
     "PlacedCoder",
     "Precision",
     "ReLU",

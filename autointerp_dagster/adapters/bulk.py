@@ -1,0 +1,119 @@
+"""Many files of a store at once: listed with size and age, and read together.
+
+One request a file is nothing on a local disk and minutes for the thousands of small files of a
+study behind a URL; what looks at all of them does it here.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from upath import UPath
+
+from autointerp_dagster.adapters.llm.journal.durable import is_local, store_errors
+from autointerp_dagster.core.errors import StoreError
+
+_TOGETHER = 256
+"""Files that are read at once; heads and manifests are a few KB each."""
+_TIMES = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
+"""What the file systems call the time of the last write: local, s3, abfs, gcs, ..., memory."""
+
+
+class StoredFile(NamedTuple):
+    """What a listing says of a file."""
+
+    n_bytes: int
+    written: float
+    """When, in seconds since 1970, by the store's clock."""
+
+
+def list_files(root: UPath, folder: str) -> dict[str, StoredFile]:
+    """Every file below a folder of a store, by its path relative to the root.
+
+    Empty if there is no such folder.
+
+    Raises:
+        StoreError: If the store cannot be listed, or does not say when a file was written.
+    """
+    base = _base(root)
+    with _listing(root, folder):
+        if not is_local(root):
+            root.fs.invalidate_cache()  # other processes write here
+        found = root.fs.find(f"{base}/{folder}".rstrip("/"), detail=True)
+    assert isinstance(found, dict)
+    return {
+        str(path).removeprefix(f"{base}/"): stored_file(root, info) for path, info in found.items()
+    }
+
+
+def look_at(root: UPath, path: str) -> StoredFile | None:
+    """One file as it is now; null if there is none.
+
+    Raises:
+        StoreError: If the store does not answer.
+    """
+    with _listing(root, path):
+        if not is_local(root):
+            root.fs.invalidate_cache()
+        try:
+            return stored_file(root, root.fs.info(f"{_base(root)}/{path}"))
+        except FileNotFoundError:
+            return None
+
+
+def read_files(root: UPath, paths: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
+    """The content of small files, in the order given; null for one that is not there.
+
+    Raises:
+        StoreError: If the store does not answer.
+    """
+    base, wanted = _base(root), list(paths)
+    for start in range(0, len(wanted), _TOGETHER):
+        some = wanted[start : start + _TOGETHER]
+        with _listing(root, some[0]):
+            found: Any = root.fs.cat([f"{base}/{path}" for path in some], on_error="return")
+        contents = {str(path).removeprefix(f"{base}/"): data for path, data in found.items()}
+        for path in some:
+            data = contents[path]
+            if isinstance(data, FileNotFoundError):
+                yield path, None
+            elif isinstance(data, Exception):
+                raise StoreError(f"{root}/{path}: cannot be read: {type(data).__name__}.") from data
+            else:
+                yield path, data
+
+
+def stored_file(root: UPath, info: Mapping[str, Any]) -> StoredFile:
+    """What a file system's own words say of a file.
+
+    Raises:
+        StoreError: If they do not say when it was written.
+    """
+    for name in _TIMES:
+        when = info.get(name)
+        if isinstance(when, str):
+            when = datetime.fromisoformat(when)
+        if isinstance(when, datetime):
+            when = when.timestamp()
+        if when is not None:
+            return StoredFile(int(info["size"] or 0), float(when))
+    raise StoreError(
+        f"{root}: this kind of store does not say when a file was written, so what may be removed "
+        "cannot be told. Use a local folder, s3://, gs:// or abfs://."
+    )
+
+
+def _base(root: UPath) -> str:
+    """The root's path as the file system writes it in front of a file's."""
+    return str(Path(root.path).absolute()) if is_local(root) else root.path.rstrip("/")
+
+
+@contextmanager
+def _listing(root: UPath, what: str) -> Iterator[None]:
+    try:
+        with store_errors(root):
+            yield
+    except OSError as error:
+        raise StoreError(f"{root}/{what}: cannot be looked at: {error}.") from error

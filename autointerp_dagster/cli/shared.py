@@ -1,0 +1,78 @@
+"""What the commands share: arguments, options, consoles, and how an error is told."""
+
+import os
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import dagster as dg
+import typer
+from rich.console import Console
+
+from autointerp_dagster.adapters.study_layers import with_plain_layers
+from autointerp_dagster.core.errors import AutoInterpError, StudyError
+from autointerp_dagster.study import Study, load_study
+
+console = Console()
+
+StudyArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="STUDY", help="A study file, or the name of one in ./studies, e.g. demo."
+    ),
+]
+LayersOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Only these layers, e.g. sae@layers.9; may be given several times."),
+]
+RangesOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Only these ranges, e.g. 0000000-0002047; may be given several times."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="As JSON, for scripts.")]
+
+
+def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Expected errors in one line without a traceback, exit code 1."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except AutoInterpError as error:
+            Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]", end=" ")
+            Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(str(error))
+            raise typer.Exit(1) from error
+
+    return run
+
+
+def studies_folder() -> Path:
+    """Where studies are looked for by name."""
+    return Path(os.environ.get("AUTOINTERP_STUDIES", "studies"))
+
+
+def study_of(name: str) -> Study:
+    """The study that an argument names.
+
+    Raises:
+        StudyError: If there is no such file, or it has a mistake.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = studies_folder() / f"{name}.yaml"
+    if not path.exists():
+        known = sorted(found.stem for found in path.parent.glob("*.yaml"))
+        raise StudyError(f"{path}: no such study. In {path.parent}/ there are: {known}.")
+    return with_plain_layers(load_study(path))
+
+
+def dagster_instance() -> dg.DagsterInstance:
+    """The instance of DAGSTER_HOME, which is ``./dagster_home`` unless set."""
+    home = Path(os.environ.setdefault("DAGSTER_HOME", str(Path("dagster_home").resolve())))
+    home.mkdir(parents=True, exist_ok=True)
+    settings = home / "dagster.yaml"
+    if not settings.exists():
+        settings.write_text("telemetry: {enabled: false}\nnux: {enabled: false}\n")
+    return dg.DagsterInstance.get()
