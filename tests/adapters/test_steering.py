@@ -113,6 +113,34 @@ def test_the_divergence_is_that_of_whole_prompts_one_at_a_time(
         assert forward > 10 * NATS
 
 
+def test_a_transcoder_is_read_where_it_reads_and_steered_where_it_writes(
+    subject: SubjectModel, coder: SparseCoder, prompts: list[np.ndarray]
+) -> None:
+    placed = PlacedCoder(coder, "layers.0.mlp.input", HOOKPOINT)
+    found = SteeredModel(subject, placed, prompts, LATENTS, PROMPT_LEN, 3)
+    same = prepared(subject, coder, prompts).divergence(ROWS, STRENGTHS)
+    assert np.array_equal(found.divergence(ROWS, STRENGTHS).kl, same.kl)
+    mlp = subject.base_model.get_submodule("layers.0.mlp")
+    active = found.activations()
+    for row, latent in enumerate(LATENTS):
+        kept: list[torch.Tensor] = []
+        handle = mlp.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0]))
+        with torch.inference_mode():
+            ids = torch.from_numpy(prompts[row]).long()[None]
+            subject.base_model(input_ids=ids, use_cache=False)
+        handle.remove()
+        dense = coder.encode_dense(kept[0][0, -1:])[0, latent].item()
+        assert active[row] == pytest.approx(dense, abs=1e-4)
+
+
+def test_vectors_before_a_norms_scale_cannot_be_steered(
+    subject: SubjectModel, coder: SparseCoder, prompts: list[np.ndarray]
+) -> None:
+    placed = here(coder, "layers.1.input_layernorm.normalized")
+    with pytest.raises(ModelError, match="computed inside the norm"):
+        SteeredModel(subject, placed, prompts, LATENTS, PROMPT_LEN)
+
+
 def test_some_rows_in_any_order_are_those_rows(
     subject: SubjectModel, coder: SparseCoder, prompts: list[np.ndarray]
 ) -> None:
