@@ -22,11 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float32
 
-from autointerp_dagster.adapters.subject_models import (
-    choose_device,
-    folder_identity,
-    resolve_folder,
-)
+from autointerp_dagster.adapters.model_files import folder_identity, resolve_folder
+from autointerp_dagster.adapters.subject_models import choose_device
 from autointerp_dagster.core.config import EmbedderConfig
 from autointerp_dagster.core.errors import ModelError
 

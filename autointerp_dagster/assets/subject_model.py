@@ -11,7 +11,10 @@ def build_subject_model(study: Study) -> dg.AssetsDefinition:
     """The asset of one study."""
 
     @observed_asset(study, "subject_model")
-    def subject_model(models: SubjectModels) -> dg.DataVersion:
-        return dg.DataVersion(models.of(study).identity())
+    def subject_model(models: SubjectModels) -> dg.ObserveResult:
+        model = models.of(study)
+        return dg.ObserveResult(
+            data_version=dg.DataVersion(model.identity()), metadata=model.about()
+        )
 
     return subject_model

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from autointerp_dagster.adapters import study_layers
 from autointerp_dagster.adapters.study_layers import with_plain_layers
 from autointerp_dagster.core.errors import StudyError
 from autointerp_dagster.study import Study, load_study
@@ -86,6 +85,6 @@ def test_more_layers_than_dagster_tracks_are_refused(study) -> None:
         with_plain_layers(made)
 
 
-def test_modules_are_named_without_loading_weights(tiny_subject_model_dir: Path) -> None:
-    names = study_layers._modules(tiny_subject_model_dir, "llama")
-    assert {"layers.0", "layers.1", "layers.0.mlp.down_proj", "norm"} <= set(names)
+def test_a_path_of_the_whole_model_counts_from_the_base_model(study) -> None:
+    made = study("[model.layers.1.output, 'model.layers.*.mlp']", ("layers.0.mlp", "layers.2.mlp"))
+    assert with_plain_layers(made).layers == ("layers.1", "layers.0.mlp", "layers.2.mlp")

@@ -8,7 +8,41 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from autointerp_dagster.core.config.base import Parameters
 
 Device = Literal["auto", "cpu", "cuda"]
-DType = Literal["bfloat16", "float32"]
+DType = Literal["bfloat16", "float32", "float16"]
+
+
+class ModelOptions(Parameters, frozen=True):
+    """What transformers is told when it loads a model; its own names, and its own meaning."""
+
+    execution_only: ClassVar[frozenset[str]] = frozenset(
+        {"device_map", "max_memory", "offload_folder"}
+    )
+
+    device_map: str | dict[str, int | str] | None = None
+    """Shards the model: ``auto``, ``balanced``, ``sequential``, or module to device. Takes the
+    place of ``device``."""
+    max_memory: dict[int | str, int | str] | None = None
+    """Of each device that ``device_map`` may use, e.g. ``{0: 70GiB, cpu: 200GiB}``."""
+    offload_folder: str | None = None
+    """For the weights that ``device_map`` puts on the disk."""
+    attn_implementation: (
+        Literal[
+            "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3",
+        ]
+        | None
+    ) = None  # fmt: skip
+    """Null: transformers chooses."""
+    quantization_config: dict[str, Any] | None = None
+    """E.g. ``{quant_method: bitsandbytes, load_in_8bit: true}``; needs the package that does it. A
+    model that is stored quantised says so itself."""
+
+    @field_validator("max_memory", mode="before")
+    @classmethod
+    def _number_devices(cls, value: object) -> object:
+        """The keys of a study file are texts."""
+        if not isinstance(value, Mapping):
+            return value
+        return {int(k) if str(k).isdigit() else k: of for k, of in value.items()}
 
 
 class SubjectModelConfig(Parameters, frozen=True):
@@ -17,9 +51,11 @@ class SubjectModelConfig(Parameters, frozen=True):
     execution_only: ClassVar[frozenset[str]] = frozenset({"device", "batch_size", "threads"})
 
     source: str
-    """Hub name, local folder, or ``embedded:smollm2-135m-instruct``."""
+    """Hub name, local folder, GGUF file, or ``embedded:smollm2-135m-instruct``."""
     revision: str | None = None
     """Commit, tag or branch of a hub model."""
+    gguf_file: str | None = None
+    """The GGUF file in a hub repository or folder with several files. It is dequantised once."""
     dtype: DType = "bfloat16"
     """Of weights and forward pass."""
     device: Device = "auto"
@@ -28,6 +64,8 @@ class SubjectModelConfig(Parameters, frozen=True):
     """Contexts of equal length per forward pass."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads; null: all cores. On a shared machine use 1."""
+    model_kwargs: ModelOptions = ModelOptions()
+    """Sharding, quantisation and attention, done by transformers."""
 
 
 class LocalLLMConfig(Parameters, frozen=True):
