@@ -65,7 +65,12 @@ def block_hash(frame: pl.DataFrame) -> str:
     hasher.update(f"table\0{frame.height}".encode())
     for name in frame.columns:
         hasher.update(f"\0{name}\0{frame.schema[name]}\0".encode())
-        _feed(hasher, _one_chunk(frame.get_column(name).to_arrow()))
+        column = frame.get_column(name)
+        if column.dtype == pl.String:
+            hasher.update(np.packbits(column.is_not_null().to_numpy()).tobytes())
+            _feed_strings(hasher, column)
+        else:
+            _feed(hasher, _one_chunk(column.to_arrow()))
     return hasher.hexdigest()
 
 
@@ -144,7 +149,7 @@ def _feed(hasher: _Hasher, array: pa.Array) -> None:
     elif pa.types.is_null(kind):
         hasher.update(str(len(array)).encode())
     else:
-        _feed_strings(hasher, array)
+        _feed_strings(hasher, pl.Series(array.cast(pa.large_string())))
 
 
 def _feed_elements(hasher: _Hasher, array: pa.Array) -> None:
@@ -160,19 +165,18 @@ def _feed_elements(hasher: _Hasher, array: pa.Array) -> None:
     _feed(hasher, array)
 
 
-def _feed_strings(hasher: _Hasher, array: pa.Array) -> None:
+def _feed_strings(hasher: _Hasher, strings: pl.Series) -> None:
     """Lengths and bytes; of many strings that mostly repeat the one before, those of the runs."""
-    strings = _one_chunk(pc.fill_null(array.cast(pa.large_string()), ""))
+    strings = strings.fill_null("")
     if len(strings) >= _MANY:
-        runs = pc.call_function("run_end_encode", [strings])
-        if 8 * len(runs.values) < len(strings):
+        runs = strings.rle().struct
+        if 8 * len(runs.field("value")) < len(strings):
             hasher.update(b"runs")
-            hasher.update(np.asarray(runs.run_ends).astype(np.int64).tobytes())
-            strings = _one_chunk(runs.values)
-    hasher.update(
-        np.asarray(pc.call_function("binary_length", [strings])).astype(np.int64).tobytes()
-    )
-    offsets, data = strings.buffers()[1:3]
-    if data is not None and len(strings):
-        bounds = np.frombuffer(offsets, dtype=np.int64, count=len(strings) + 1)
+            hasher.update(np.cumsum(runs.field("len").to_numpy(), dtype=np.int64).tobytes())
+            strings = runs.field("value")
+    array = _one_chunk(strings.to_arrow().cast(pa.large_string()))
+    hasher.update(np.asarray(pc.call_function("binary_length", [array])).astype(np.int64).tobytes())
+    offsets, data = array.buffers()[1:3]
+    if data is not None and len(array):
+        bounds = np.frombuffer(offsets, dtype=np.int64, count=len(array) + 1)
         hasher.update(memoryview(data)[int(bounds[0]) : int(bounds[-1])])

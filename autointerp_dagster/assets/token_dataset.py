@@ -5,8 +5,6 @@ from collections.abc import Iterator
 import dagster as dg
 
 from autointerp_dagster.adapters.datasets import write_dataset
-from autointerp_dagster.adapters.tokenizers import vocabulary_size
-from autointerp_dagster.core.tokens import build_token_dataset, known_tokens
 from autointerp_dagster.partitions import stage_asset
 from autointerp_dagster.resources.corpora import Corpora
 from autointerp_dagster.resources.models import SubjectModels
@@ -33,10 +31,7 @@ def build_token_dataset_asset(study: Study) -> dg.AssetsDefinition:
         }
         with store.stage(context, study, "token_dataset", external=external) as stage:
             for place in stage.pending():
-                documents = known_tokens(corpus.documents(), vocabulary_size(model.tokenizer))
-                dataset = build_token_dataset(
-                    documents, model.encode, model.bos_id, study.tokens, progress.on(context)
-                )
+                dataset = corpora.tokens(study, model, study.tokens, progress.on(context))
                 summary = {
                     "n_tokens": len(dataset.tokens),
                     "n_contexts": dataset.contexts.height,

@@ -76,6 +76,12 @@ class Walk:
             for asset, found in self.made_from.items()
         }
 
+    @property
+    def text(self) -> dict[str, Any]:
+        """Where the text is, and which version of it was read; empty if nobody says."""
+        tokens = self.ancestors.get("token_dataset")
+        return {} if tokens is None else tokens.summary.get("corpus", {})
+
     def verdicts(self, latent: int) -> pl.DataFrame:
         """All verdicts on a latent's windows."""
         tables = [self.store.table(b) for b in self.manifest.blobs if b.name.startswith("verdicts")]
@@ -213,6 +219,7 @@ def walk_latent(
                     explained=explained,
                     made_from=tuple(Made.of(m) for ms in walk.made_from.values() for m in ms),
                     external=dict(sorted(walk.external.items())),
+                    text=walk.text,
                     activations=activations,
                 )
             )

@@ -4,9 +4,18 @@ from collections.abc import Callable
 
 import dagster as dg
 
+from autointerp_dagster.adapters.baseline_coders import (
+    Materials,
+    baseline_identity,
+    open_baseline,
+)
 from autointerp_dagster.adapters.coder_files import LoadedCoder, coder_identity, open_coder
+from autointerp_dagster.adapters.hashing import json_hash
+from autointerp_dagster.core.config import FileCoderConfig
 from autointerp_dagster.core.llm import JournalBlock
+from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import LatentId, LayerKey
+from autointerp_dagster.resources.corpora import Corpora
 from autointerp_dagster.resources.models import SubjectModels
 from autointerp_dagster.study import Study
 
@@ -18,21 +27,29 @@ class Coders(dg.ConfigurableResource):
     """The sparse coders whose latents are explained."""
 
     def of(self, study: Study, layer: LayerKey) -> LoadedCoder:
-        """The coder of one layer.
+        """The coder of one layer; a baseline is made, from the subject model.
 
         Raises:
-            CoderError: If its files are missing or do not fit.
-            ModelError: If they name a place that the subject model's family does not have.
+            CoderError: If its files are missing or do not fit, or it cannot be made.
+            ModelError: If it names a place that the subject model does not have.
         """
-        return open_coder(study.coders[layer.coder], layer.hookpoint, _model_type_of(study))
+        config = study.coders[layer.coder]
+        if isinstance(config, FileCoderConfig):
+            return open_coder(config, layer.hookpoint, _model_type_of(study))
+        return open_baseline(config, layer.hookpoint, self._materials(study, layer))
 
     def identity(self, study: Study, layer: LayerKey) -> str:
         """Hash of the coder's content, read again only after its files have changed.
 
+        Of a baseline: of what it is made of; no model is run.
+
         Raises:
             CoderError: If its files are missing or do not fit.
         """
-        return coder_identity(study.coders[layer.coder], layer.hookpoint, _model_type_of(study))
+        config = study.coders[layer.coder]
+        if isinstance(config, FileCoderConfig):
+            return coder_identity(config, layer.hookpoint, _model_type_of(study))
+        return baseline_identity(config, layer.hookpoint, self._materials(study, layer))
 
     def block_of(
         self, study: Study, layer: LayerKey, stage: str
@@ -40,6 +57,24 @@ class Coders(dg.ConfigurableResource):
         """Where the calls about a latent of this layer are journalled."""
         coder_hash = self.identity(study, layer)
         return lambda latent: JournalBlock(stage, coder_hash, latent.index // LATENTS_PER_BLOCK)
+
+    def _materials(self, study: Study, layer: LayerKey) -> Materials:
+        def beside(coder: str) -> LayerKey:
+            return LayerKey(coder, layer.hookpoint)
+
+        def dataset(n_tokens: int) -> TokenDataset:
+            config = study.tokens.model_copy(update={"n_tokens": n_tokens})
+            return Corpora().tokens(study, model, config)
+
+        model, cut = SubjectModels().of(study), study.tokens.identity()
+        del cut["n_tokens"]
+        return Materials(
+            subject_model=model,
+            coder=lambda name: self.of(study, beside(name)),
+            coder_identity=lambda name: self.identity(study, beside(name)),
+            dataset=dataset,
+            dataset_identity=lambda: json_hash([Corpora().of(study).identity(), cut]),
+        )
 
 
 def _model_type_of(study: Study) -> Callable[[], str]:

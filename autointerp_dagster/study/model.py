@@ -24,6 +24,7 @@ from autointerp_dagster.core.config import (
     NeighboursConfig,
     OutputExplainerConfig,
     Parameters,
+    RandomCoderConfig,
     RefineExplainerConfig,
     RemoteLLMConfig,
     SamplingConfig,
@@ -134,6 +135,19 @@ class Study(Parameters, frozen=True):
                 )
         if len(self.layer_keys) > MAX_KEYS:
             raise ValueError(f"layers: {len(self.layer_keys)} in all, wanted at most {MAX_KEYS}.")
+        return self
+
+    @model_validator(mode="after")
+    def _check_baselines(self) -> "Study":
+        for name, config in self.coders.items():
+            if not isinstance(config, RandomCoderConfig):
+                continue
+            known = [n for n, c in self.coders.items() if not isinstance(c, RandomCoderConfig)]
+            if config.like not in known:
+                raise ValueError(
+                    f"coders.{name}.like: {config.like!r} is no other coder of the study that is "
+                    f"not random itself. Choose from {known}."
+                )
         return self
 
     @model_validator(mode="after")

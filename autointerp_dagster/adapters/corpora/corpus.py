@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Protocol
 
 from autointerp_dagster.adapters.corpora.arrays import TOKEN_SUFFIXES, tokenised_documents
@@ -141,11 +141,8 @@ class EmbeddedCorpus:
             yield Document(document.doc_id, document.text, document.title, document.source)
 
     def identity(self) -> str:
-        """Hash over every document's id and text, in order; reads all of them."""
-        digest = hashlib.blake2b(digest_size=16)
-        for document in self.documents():
-            digest.update(json.dumps([document.doc_id, document.content_hash]).encode())
-        return digest.hexdigest()
+        """Hash over every document's id and text, in order; reads all of them, once per process."""
+        return _embedded_identity()
 
     def about(self) -> dict[str, object]:
         """As of a :class:`Corpus`."""
@@ -154,6 +151,14 @@ class EmbeddedCorpus:
     def check(self) -> None:
         """Fetches the packages that are missing."""
         next(self.documents())
+
+
+@cache
+def _embedded_identity() -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for document in EmbeddedCorpus().documents():
+        digest.update(json.dumps([document.doc_id, document.content_hash]).encode())
+    return digest.hexdigest()
 
 
 def _texts_of(column: str) -> Callable[[CorpusFile], Iterator[Document]]:

@@ -1,10 +1,16 @@
 """The sparse coders of a study."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
+from autointerp_dagster.core.config.baseline_coders import (
+    NeuronsCoderConfig,
+    PCACoderConfig,
+    RandomCoderConfig,
+)
 from autointerp_dagster.core.config.computing import ComputingConfig
 
 CoderFormat = Literal[
@@ -59,4 +65,16 @@ class FileCoderConfig(ComputingConfig, frozen=True):
         return self
 
 
-CoderConfig = FileCoderConfig
+def _made_from(value: object) -> str:
+    found = value.get("format") if isinstance(value, Mapping) else getattr(value, "format", None)
+    return f"<{found}>" if found in ("neurons", "random", "pca") else "<files>"
+
+
+CoderConfig = Annotated[
+    Annotated[FileCoderConfig, Tag("<files>")]
+    | Annotated[NeuronsCoderConfig, Tag("<neurons>")]
+    | Annotated[RandomCoderConfig, Tag("<random>")]
+    | Annotated[PCACoderConfig, Tag("<pca>")],
+    Discriminator(_made_from),
+]
+"""By ``format``: a baseline, or else files."""

@@ -13,8 +13,8 @@ from autointerp_dagster.core.windows import WindowGrid
 class Cuts(NamedTuple):
     """What is shown of each active window of the grid."""
 
-    start: Int64[np.ndarray, " window"]
-    """First position in the context."""
+    start: Int64[np.ndarray, " window"] | None
+    """First position in the context; null: where the grid cuts it."""
     first: Int64[np.ndarray, " window"]
     """Its firing tokens are ``first .. first + n_tokens`` of the range's, whichever windows of the
     grid they lie in."""
@@ -46,10 +46,11 @@ def centred_windows(
     peak = _first_maximum(firing, active)
     context = firing.context[peak]
     length = np.diff(dataset.offsets)[context]
-    start = firing.position[peak] - 3 * grid.window_len // 4
+    position = firing.position[peak].astype(np.int64)
+    start = position - 3 * grid.window_len // 4
     start = np.clip(start, 0, length - grid.window_len)
-    address = firing.latent * len(dataset.tokens) + firing.token
-    begin = address[peak] - firing.position[peak] + start
+    address = firing.latent * len(dataset.tokens) + firing.places(dataset, slice(None))
+    begin = address[peak] - position + start
     low = np.searchsorted(address, begin)
     high = np.searchsorted(address, begin + grid.window_len)
     ends = np.stack([low, high], axis=1).reshape(-1)

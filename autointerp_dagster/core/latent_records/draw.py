@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int64
 from autointerp_dagster.core.config import SamplingConfig
 from autointerp_dagster.core.latent_records.centred import Cuts
 from autointerp_dagster.core.latent_records.firing import ActiveWindows, FiringTokens
-from autointerp_dagster.core.latent_records.pool import Keys, Pool, keys_of, pool_of
+from autointerp_dagster.core.latent_records.pool import Keys, Pool, keys_of, pool_of, starts_of
 from autointerp_dagster.core.latent_records.questions import (
     Repeats,
     Shown,
@@ -22,7 +22,6 @@ from autointerp_dagster.core.negatives import (
     NegativeRequest,
     Negatives,
     NegativeSources,
-    Rows,
     draw_negatives,
 )
 from autointerp_dagster.core.rng import hash_priority
@@ -86,18 +85,20 @@ def draw_windows(
     silent: list[Negatives] = []
     dropped = np.zeros(len(latents), dtype=np.int64)
     for split in range(len(SPLITS)):
+        among = pool.at(np.flatnonzero(pool.split == split))
         repeats = near_repeats(dataset, grid, config, shown) if split else None
-        rows, repeating = _without_repeats(pool, np.flatnonzero(pool.split == split), cuts, repeats)
-        drawn, rank = _choose(pool.at(rows), grid, keys, config)
-        mine = _shown_of(drawn, cuts)
+        among, repeating = _without_repeats(among, _shown_of(among, cuts, grid), repeats)
+        drawn, rank = _choose(among, grid, keys, config)
+        mine = _shown_of(drawn, cuts, grid)
         shown = shown.extended(mine)
-        repeats = near_repeats(dataset, grid, config, shown) or same_texts(dataset, grid, mine)
+        near = near_repeats(dataset, grid, config, shown)
+        repeats = same_texts(dataset, grid, mine) if near is None else on_grid(near, grid)
         is_fixed = config.window_mode == "fixed"
         request = NegativeRequest(
             grid=grid, split=split, n_wanted=wanted[split], latent=drawn.latent,
             window=drawn.window, rank=rank, top_token=top_token, key=keys.silent,
             active=is_active if is_fixed else or_meeting(is_active, mine, grid),
-            repeats=on_grid(repeats, grid),
+            repeats=repeats,
         )  # fmt: skip
         quiet = draw_negatives(config.negative_kinds, request, sources)
         dropped += quiet.n_near_duplicates + np.bincount(repeating, minlength=len(latents))
@@ -107,18 +108,18 @@ def draw_windows(
     return _ranked(chosen, silent, dropped, cuts, grid, keys)
 
 
-def _shown_of(pool: Pool, cuts: Cuts) -> Shown:
-    return Shown(pool.latent, pool.window, cuts.start[pool.row])
+def _shown_of(pool: Pool, cuts: Cuts, grid: WindowGrid) -> Shown:
+    return Shown(pool.latent, pool.window, starts_of(pool, cuts, grid))
 
 
 def _without_repeats(
-    pool: Pool, rows: Rows, cuts: Cuts, repeats: Repeats | None
-) -> tuple[Int64[np.ndarray, " kept"], Int64[np.ndarray, " repeating"]]:
-    """``rows`` of the pool that repeat nothing, and the latents of those that do."""
-    if repeats is None:
-        return rows, rows[:0]
-    is_repeat = repeats(_shown_of(pool.at(rows), cuts))
-    return rows[~is_repeat], pool.latent[rows[is_repeat]]
+    pool: Pool, shown: Shown, repeats: Repeats | None
+) -> tuple[Pool, Int64[np.ndarray, " repeating"]]:
+    """The windows that repeat nothing, and the latents of those that do."""
+    is_repeat = np.zeros(len(pool.row), dtype=bool) if repeats is None else repeats(shown)
+    if not is_repeat.any():
+        return pool, pool.latent[:0]
+    return pool.at(np.flatnonzero(~is_repeat)), pool.latent[is_repeat]
 
 
 def _choose(
@@ -157,7 +158,7 @@ def _ranked(
     return DrawnWindows(
         latent=latent,
         window=window,
-        start=np.concatenate([cuts.start[chosen.row], grid.start[silent.window]]),
+        start=np.concatenate([starts_of(chosen, cuts, grid), grid.start[silent.window]]),
         split=split,
         rank=ranks_within(group, priority, strongest_first),
         chosen=chosen,

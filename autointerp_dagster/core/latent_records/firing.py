@@ -4,25 +4,33 @@ from typing import NamedTuple
 
 import numpy as np
 import polars as pl
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int, Int8, Int64, UInt16, UInt32
 
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import LayerKey
 from autointerp_dagster.core.windows import SPLITS, WindowGrid
 
+_COLUMNS = ("latent", "context", "position", "activation")
+
 
 class FiringTokens(NamedTuple):
     """Firing tokens by (latent, context, position)."""
 
+    first: Int64[np.ndarray, " boundary"]
+    """Those of the i-th latent of the range are ``first[i] .. first[i + 1]``."""
     latent: Int64[np.ndarray, " token"]
     """From 0 at the start of the range."""
     context: Int64[np.ndarray, " token"]
-    position: Int64[np.ndarray, " token"]
-    token: Int64[np.ndarray, " token"]
-    """Where it stands in the dataset's tokens."""
+    position: UInt16[np.ndarray, " token"]
     activation: Float32[np.ndarray, " token"]
     window: Int64[np.ndarray, " token"]
     """-1 past the last whole window of a context."""
+
+    def places(
+        self, dataset: TokenDataset, rows: Int64[np.ndarray, " row"] | slice
+    ) -> Int64[np.ndarray, " row"]:
+        """Where some of them stand in the dataset's tokens."""
+        return dataset.offsets[self.context[rows]] + self.position[rows]
 
 
 class ActiveWindows(NamedTuple):
@@ -30,7 +38,7 @@ class ActiveWindows(NamedTuple):
 
     latent: Int64[np.ndarray, " window"]
     window: Int64[np.ndarray, " window"]
-    split: Int64[np.ndarray, " window"]
+    split: Int8[np.ndarray, " window"]
     maximum: Float32[np.ndarray, " window"]
     first: Int64[np.ndarray, " window"]
     """Its firing tokens are ``first .. first + n_tokens`` of the range's."""
@@ -49,53 +57,53 @@ def firing_tokens(
     Raises:
         ValueError: As :func:`latent_records_of`.
     """
-    latent, context, position = (
-        activations[name].to_numpy().astype(np.int64) for name in ("latent", "context", "position")
-    )
-    activation = activations["activation"].to_numpy()
-    token = _tokens_at(dataset, grid, latents, latent, context, position, activation)
-    if token is None:
-        raise _fault(dataset, grid, layer, latents, latent, context, position, activation)
+    columns = [activations[name].to_numpy() for name in _COLUMNS]
+    if not _is_sound(dataset, grid, latents, *columns):
+        raise _fault(dataset, grid, layer, latents, *columns)
+    latent, context = columns[0].astype(np.int64), columns[1].astype(np.int64)
+    position, activation = columns[2:]
     latent -= latents.start
-    address = latent * len(dataset.tokens)
-    address += token
+    address = latent * len(dataset.offsets)
+    address += context
+    address <<= 16
+    address |= position
     if (address[1:] <= address[:-1]).any():
         order = np.argsort(address, kind="stable")
         latent, context, position = latent[order], context[order], position[order]
-        activation, token, address = activation[order], token[order], address[order]
+        activation, address = activation[order], address[order]
         twice = np.flatnonzero(address[1:] == address[:-1])
         if len(twice):
             raise ValueError(
                 f"{layer} latent {latents[latent[twice[0]]]}, context {context[twice[0]]}, "
                 f"position {position[twice[0]]}: two activations. Make the activation cache again."
             )
+    first = np.searchsorted(latent, np.arange(len(latents) + 1))
     window = grid.window_at(context, position)
-    return FiringTokens(latent, context, position, token, activation, window)
+    return FiringTokens(first, latent, context, position, activation, window)
 
 
-def _tokens_at(
+def _is_sound(
     dataset: TokenDataset,
     grid: WindowGrid,
     latents: range,
-    latent: Int64[np.ndarray, " token"],
-    context: Int64[np.ndarray, " token"],
-    position: Int64[np.ndarray, " token"],
+    latent: UInt32[np.ndarray, " token"],
+    context: UInt32[np.ndarray, " token"],
+    position: UInt16[np.ndarray, " token"],
     activation: Float32[np.ndarray, " token"],
-) -> Int64[np.ndarray, " token"] | None:
-    """Where the activations stand in the dataset's tokens; null if one is not as it should be."""
+) -> bool:
+    """Whether every activation is as it should be."""
     if not len(latent):
-        return latent.copy()
+        return True
     is_sound = (
         latents.start <= latent.min() <= latent.max() < latents.stop
-        and 0 <= context.min() <= context.max() < len(dataset.offsets) - 1
+        and context.max() < len(dataset.offsets) - 1
         and position.min() >= grid.first_visible
         and 0 < activation.min() <= activation.max() < np.inf  # false of a NaN
     )
     if not is_sound:
-        return None
-    token = dataset.offsets[context]
-    token += position
-    return token if (token < dataset.offsets[1:][context]).all() else None
+        return False
+    lengths = np.diff(dataset.offsets)
+    return bool(position.max() < lengths.min() or (position < lengths[context]).all())
 
 
 def _fault(
@@ -103,9 +111,9 @@ def _fault(
     grid: WindowGrid,
     layer: LayerKey,
     latents: range,
-    latent: Int64[np.ndarray, " token"],
-    context: Int64[np.ndarray, " token"],
-    position: Int64[np.ndarray, " token"],
+    latent: UInt32[np.ndarray, " token"],
+    context: UInt32[np.ndarray, " token"],
+    position: UInt16[np.ndarray, " token"],
     activation: Float32[np.ndarray, " token"],
 ) -> ValueError:
     """Says which activation is not as it should be, and how."""
@@ -128,9 +136,9 @@ def _fault(
 def active_windows(firing: FiringTokens, grid: WindowGrid) -> ActiveWindows:
     """The windows in which each latent fires at least once."""
     latent, window = firing.latent, firing.window
-    is_first = np.ones(len(window), dtype=bool)
+    is_first = np.zeros(len(window), dtype=bool)
     np.not_equal(window[1:], window[:-1], out=is_first[1:])
-    is_first[1:] |= latent[1:] != latent[:-1]
+    is_first[firing.first[:-1][np.diff(firing.first) > 0]] = True
     first = np.flatnonzero(is_first)
     n_tokens = np.diff(first, append=len(window))
     maximum = firing.activation[first]
@@ -146,12 +154,11 @@ def active_windows(firing: FiringTokens, grid: WindowGrid) -> ActiveWindows:
         first, n_tokens, maximum, within = (
             column[whole] for column in (first, n_tokens, maximum, within)
         )
-    split = grid.split[within].astype(np.int64)
-    return ActiveWindows(latent[first], within, split, maximum, first, n_tokens)
+    return ActiveWindows(latent[first], within, grid.split[within], maximum, first, n_tokens)
 
 
 def count_by_split(
-    latent: Int64[np.ndarray, " row"], split: Int64[np.ndarray, " row"], n_latents: int
+    latent: Int64[np.ndarray, " row"], split: Int[np.ndarray, " row"], n_latents: int
 ) -> Int64[np.ndarray, "latent split"]:
     """Rows of each latent in each split, split codes as in :data:`core.windows.SPLITS`."""
     n = len(SPLITS)

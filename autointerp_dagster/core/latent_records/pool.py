@@ -55,7 +55,7 @@ class Pool(NamedTuple):
     latent: Int64[np.ndarray, " window"]
     window: Int64[np.ndarray, " window"]
     """Index into the grid; in ``centred`` mode of the window that holds the maximum."""
-    split: Int64[np.ndarray, " window"]
+    split: Int8[np.ndarray, " window"]
     maximum: Float32[np.ndarray, " window"]
     """Largest activation in the window of the grid."""
     quantile: Int8[np.ndarray, " window"]
@@ -99,27 +99,41 @@ def pool_of(
     if config.window_mode == "centred":
         pool, cuts = _centred(pool, firing, active, dataset, grid, keys)
     else:
-        cuts = Cuts(grid.start[window], active.first, active.n_tokens, active.maximum)
-    pool = _sampled(pool, is_ok, grid, keys, config)
-    stays = is_ok[pool.latent]
-    stays &= _in_reach(pool, is_ok, grid, config)
-    return pool.at(np.flatnonzero(stays)), cuts
+        cuts = Cuts(None, active.first, active.n_tokens, active.maximum)
+    stays = _sampled(pool, is_ok, grid, keys, config)
+    stays &= _in_reach(pool, stays, is_ok, grid, config)
+    pool = pool.at(np.flatnonzero(stays))
+    return pool.at(np.flatnonzero(is_ok[pool.latent])), cuts
+
+
+def starts_of(pool: Pool, cuts: Cuts, grid: WindowGrid) -> Int64[np.ndarray, " window"]:
+    """The first position of what is shown of each window."""
+    return grid.start[pool.window] if cuts.start is None else cuts.start[pool.row]
 
 
 def _in_reach(
-    pool: Pool, is_ok: Bool[np.ndarray, " latent"], grid: WindowGrid, config: SamplingConfig
+    pool: Pool,
+    stays: Bool[np.ndarray, " window"],
+    is_ok: Bool[np.ndarray, " latent"],
+    grid: WindowGrid,
+    config: SamplingConfig,
 ) -> Bool[np.ndarray, " window"]:
     """False for windows that are not drawn in any case: most of a frequent latent's."""
     is_centred = config.window_mode == "centred"
     threshold, shingles = config.near_duplicate_jaccard, grid.shingles
     if config.strategy != "quantiles" or (threshold is not None and is_centred):
-        return np.ones(len(pool.row), dtype=bool)
+        return stays
     may_go = np.zeros(len(pool.row), dtype=bool)
     if threshold is not None and shingles is not None:
-        may_go = shingles.row[pool.window] >= 0
-    group = pool.latent * len(SPLITS) + pool.split
+        may_go = (shingles.row >= 0)[pool.window]
+    group = pool.latent * len(SPLITS)
+    group += pool.split
+    if not stays.all():
+        group[~stays] = len(is_ok) * len(SPLITS)  # of which none are drawn
     wanted = np.outer(is_ok, [config.n_train, config.n_select, config.n_test]).reshape(-1)
-    return may_be_drawn(group, pool.quantile, pool.priority, wanted, config.n_quantiles, may_go)
+    return may_be_drawn(
+        group, pool.quantile, pool.priority, np.append(wanted, 0), config.n_quantiles, may_go
+    )
 
 
 def _centred(
@@ -132,7 +146,7 @@ def _centred(
 ) -> tuple[Pool, Cuts]:
     cuts, is_peak = centred_windows(firing, active, dataset, grid)
     pool = pool.at(np.flatnonzero(is_peak[pool.row]))
-    start, context = cuts.start[pool.row], grid.context[pool.window]
+    start, context = starts_of(pool, cuts, grid), grid.context[pool.window]
     strength = pool.strength(keys, grid)
     stays = without_overlaps(pool.latent, context, start, strength, grid.window_len)
     return pool.at(np.flatnonzero(stays)), cuts
@@ -144,7 +158,7 @@ def _sampled(
     grid: WindowGrid,
     keys: Keys,
     config: SamplingConfig,
-) -> Pool:
+) -> Bool[np.ndarray, " window"]:
     """About ``max_windows`` of each latent, by hashed priority, and the strongest ones if need be.
 
     Each split, and each quantile where draws go by quantiles, keeps its share of ``max_windows``,
@@ -157,7 +171,7 @@ def _sampled(
     n_windows = np.bincount(pool.latent, minlength=len(is_ok))
     rows = np.flatnonzero(((n_windows > config.max_windows) & is_ok)[pool.latent])
     if not len(rows):
-        return pool
+        return kept
     latent, split = pool.latent[rows], pool.split[rows]
     spare = _SPARE * np.array([config.n_train, config.n_select, config.n_test])
     goes_by_quantile = config.strategy in ("quantiles", "mix")
@@ -170,4 +184,4 @@ def _sampled(
         place = ranks_within(group, pool.priority[rows], pool.at(rows).strength(keys, grid))
         stays |= place < spare[split]
     kept[rows] = stays
-    return pool.at(np.flatnonzero(kept))
+    return kept

@@ -11,14 +11,13 @@ from autointerp_dagster.core.latent_records.firing import ActiveWindows, FiringT
 from autointerp_dagster.core.negatives import Question, Rows
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.windows import (
+    N_TAIL,
     Spans,
     WindowGrid,
-    gram_hashes,
     near_duplicates,
     repeating_spans,
+    tail_hashes,
 )
-
-_FEW = 4  # tokens that tell most texts apart, so that few are hashed whole
 
 
 class Shown(NamedTuple):
@@ -72,38 +71,46 @@ def near_repeats(
     return lambda asked: near_duplicates(shingles, shown[:2], asked[:2])
 
 
-def same_texts(dataset: TokenDataset, grid: WindowGrid, shown: Shown) -> Repeats:
-    """Whether a latent's window shows the very tokens that a shown one of it shows.
+def same_texts(dataset: TokenDataset, grid: WindowGrid, shown: Shown) -> Question:
+    """Whether a window of the grid has the very tokens that a shown one of its latent shows.
 
     Exact but for collisions of 64-bit hashes.
+
+    Raises:
+        ValueError: If the grid was made without what is compared.
     """
-    known = _text_keys(dataset, grid, shown, _FEW)
+    tail = grid.tail
+    if tail is None:
+        raise ValueError("same_texts: wanted a grid that was made with this sampling.")
+    known = _text_keys(dataset, grid, shown, N_TAIL)
     in_order = np.sort(known)
 
-    def repeats(asked: Shown) -> Bool[np.ndarray, " row"]:
-        keys = _text_keys(dataset, grid, asked, _FEW)
-        is_same = _contains(in_order, keys)
-        rows = np.flatnonzero(is_same)
+    def is_same(latent: Rows, window: Rows) -> Bool[np.ndarray, " row"]:
+        keys = tail[window] + _of_latent(latent)
+        found = _contains(in_order, keys)
+        rows = np.flatnonzero(found)
         alike = shown.at(np.flatnonzero(_contains(np.sort(keys[rows]), known)))
+        asked = Shown(latent[rows], window[rows], grid.start[window[rows]])
         whole, whole_keys = (
-            _text_keys(dataset, grid, some, grid.window_len) for some in (alike, asked.at(rows))
+            _text_keys(dataset, grid, some, grid.window_len) for some in (alike, asked)
         )
-        is_same[rows] = _contains(np.sort(whole), whole_keys)
-        return is_same
+        found[rows] = _contains(np.sort(whole), whole_keys)
+        return found
 
-    return repeats
+    return is_same
 
 
 def _text_keys(
     dataset: TokenDataset, grid: WindowGrid, shown: Shown, n_last: int
 ) -> UInt64[np.ndarray, " row"]:
-    """A hash of the latent and the last tokens of each window; hidden ones are all alike."""
-    position = shown.start[:, None] + np.arange(grid.window_len - n_last, grid.window_len)
-    tokens = dataset.tokens[dataset.offsets[grid.context[shown.window]][:, None] + position]
-    tokens = np.where(position < grid.first_visible, np.int32(-1), tokens)
-    with np.errstate(over="ignore"):
-        latent = shown.latent.astype(np.uint64) * np.uint64(0xD1342543DE82EF95)
-        return gram_hashes(tokens, n_last)[:, 0] + latent
+    """A hash of the latent and the last tokens of each window."""
+    context = grid.context[shown.window]
+    tail = tail_hashes(dataset, context, shown.start, grid.window_len, n_last)
+    return tail + _of_latent(shown.latent)
+
+
+def _of_latent(latent: Rows) -> UInt64[np.ndarray, " row"]:
+    return latent.astype(np.uint64) * np.uint64(0xD1342543DE82EF95)
 
 
 def on_grid(repeats: Repeats, grid: WindowGrid) -> Question:

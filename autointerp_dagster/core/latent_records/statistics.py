@@ -1,8 +1,12 @@
 """How often, how strongly and on which tokens each latent of a range fires."""
 
+import sys
+from itertools import pairwise
+from typing import NamedTuple
+
 import numpy as np
 import polars as pl
-from jaxtyping import Float32, Float64, Int32, Int64
+from jaxtyping import Bool, Float32, Float64, Int32, Int64, Shaped, UInt16, UInt32, UInt64
 
 from autointerp_dagster.core.config import SamplingConfig
 from autointerp_dagster.core.grouping import number_in_group
@@ -12,29 +16,25 @@ from autointerp_dagster.core.latent_records.firing import (
     count_by_split,
 )
 from autointerp_dagster.core.sampling import order_within, sorted_keys
+from autointerp_dagster.core.schemas import LatentStatus
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import LayerKey
 from autointerp_dagster.core.windows import SPLITS, WindowGrid
 
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_HIGH_HALF = 1 if sys.byteorder == "little" else 0
 _N_TOP_TOKENS = 8
+_STATUSES: tuple[LatentStatus, ...] = ("dead", "rare", "dense", "ok")
 
 
-def status_of(config: SamplingConfig) -> pl.Expr:
-    """``LatentStatus`` from :func:`statistics_of`: dead, else rare, else dense, else ok."""
-    is_rare = (pl.col("n_tokens") < config.min_tokens) | (
-        pl.col("n_test") < config.min_test_windows
-    )
-    is_dense = pl.col("window_firing_rate") > config.max_window_firing_rate
-    return (
-        pl.when(pl.col("n_tokens") == 0)
-        .then(pl.lit("dead"))
-        .when(is_rare)
-        .then(pl.lit("rare"))
-        .when(is_dense)
-        .then(pl.lit("dense"))
-        .otherwise(pl.lit("ok"))
-    )
+class Statistics(NamedTuple):
+    """What is known of a range's latents before any window is drawn."""
+
+    table: pl.DataFrame
+    """``schemas.LATENTS`` but for what the draws decide."""
+    is_ok: Bool[np.ndarray, " latent"]
+    top_token: Int64[np.ndarray, " latent"]
+    """The first of ``top_tokens``; -1: none."""
 
 
 def statistics_of(
@@ -45,106 +45,136 @@ def statistics_of(
     grid: WindowGrid,
     layer: LayerKey,
     latents: range,
-) -> pl.DataFrame:
-    """``schemas.LATENTS`` but for ``status`` and what the draws decide."""
-    n_tokens = np.bincount(firing.latent, minlength=len(latents))
-    n_windows = np.bincount(active.latent, minlength=len(latents))
+    config: SamplingConfig,
+) -> Statistics:
+    """How often, how strongly and on which tokens each latent fires, and its status."""
+    n_tokens = np.diff(firing.first)
     in_split = count_by_split(active.latent, active.split, len(latents))
-    quantiles = _activation_quantiles(firing, n_tokens)
-    frame = pl.DataFrame(
-        {
-            "latent": np.arange(latents.start, latents.stop, dtype=np.uint32),
-            "n_tokens": n_tokens,
-            "n_windows": n_windows,
-            "token_firing_rate": n_tokens / max(1, grid.n_kept_tokens),
-            "window_firing_rate": n_windows / max(1, grid.n_windows),
-            **{f"n_{name}": in_split[:, i] for i, name in enumerate(SPLITS)},
-            "activation_quantiles": quantiles,
-        },
-        schema_overrides={"activation_quantiles": pl.Array(pl.Float32, quantiles.shape[1])},
-    )
+    n_windows = in_split.sum(axis=1)
+    window_firing_rate = n_windows / max(1, grid.n_windows)
+    is_rare = (n_tokens < config.min_tokens) | (in_split[:, -1] < config.min_test_windows)
+    is_dense = window_firing_rate > config.max_window_firing_rate
+    status = np.select([n_tokens == 0, is_rare, is_dense], [0, 1, 2], 3)
+    top = _top_tokens(firing, grid, dataset)
+    columns = {
+        "latent": np.arange(latents.start, latents.stop, dtype=np.uint32),
+        "status": status,
+        "n_tokens": n_tokens,
+        "n_contexts": _contexts_counted(firing_counts, n_tokens, layer, latents),
+        "n_windows": n_windows,
+        "token_firing_rate": n_tokens / max(1, grid.n_kept_tokens),
+        "window_firing_rate": window_firing_rate,
+        **{f"n_{name}": in_split[:, i] for i, name in enumerate(SPLITS)},
+        "top_tokens": _rows_of(top.token),
+        "top_token_shares": _rows_of(top.share),
+        "activation_quantiles": _rows_of(_activation_quantiles(firing)),
+    }
+    n_top, quantiles = pl.lit(pl.Series(top.n)), pl.col("activation_quantiles")
     fires = pl.col("n_tokens") > 0
-    frame = frame.with_columns(
-        pl.when(fires).then(pl.col("activation_quantiles").arr.to_list()),
-        pl.when(fires).then(pl.col("activation_quantiles").arr.last()).alias("max_activation"),
+    table = pl.DataFrame(columns).with_columns(
+        pl.lit(pl.Series(_STATUSES)).gather(pl.col("status")).alias("status"),
+        pl.col("top_tokens", "top_token_shares").arr.to_list().list.head(n_top),
+        pl.when(fires).then(quantiles.arr.last()).alias("max_activation"),
+        pl.when(fires).then(quantiles.arr.to_list()).alias("activation_quantiles"),
     )
-    frame = _join_counts(frame, firing_counts, layer)
-    return frame.join(
-        _top_tokens(firing, grid, dataset, latents),
-        on="latent",
-        how="left",
-        maintain_order="left",
-    ).with_columns(pl.col("top_tokens", "top_token_shares").fill_null([]))
+    top_token = np.where(top.n > 0, top.token[:, 0].astype(np.int64), -1)
+    return Statistics(table, status == _STATUSES.index("ok"), top_token)
 
 
-def _join_counts(frame: pl.DataFrame, firing_counts: pl.DataFrame, layer: LayerKey) -> pl.DataFrame:
-    """``frame`` with ``n_contexts``, once the counts are found to be those of the activations."""
-    counted = firing_counts.select(
-        pl.col("latent").cast(pl.UInt32), "n_contexts", counted=pl.col("n_tokens").cast(pl.Int64)
-    )
-    joined = frame.join(counted, on="latent", how="left", maintain_order="left")
-    wrong = joined.filter(pl.col("counted").ne_missing(pl.col("n_tokens")))
-    if wrong.height:
-        latent, n_tokens, counted_tokens = wrong.select("latent", "n_tokens", "counted").row(0)
+def _rows_of(values: Shaped[np.ndarray, "latent place"]) -> pl.Series:
+    """A row of the array for each latent."""
+    return pl.Series(values, dtype=pl.Array(pl.Series(values[:0, 0]).dtype, values.shape[1]))
+
+
+def _contexts_counted(
+    firing_counts: pl.DataFrame,
+    n_tokens: Int64[np.ndarray, " latent"],
+    layer: LayerKey,
+    latents: range,
+) -> UInt64[np.ndarray, " latent"]:
+    """``n_contexts``, once the counts are found to be those of the activations."""
+    latent = firing_counts["latent"].to_numpy()
+    rows = np.flatnonzero((latent >= latents.start) & (latent < latents.stop))
+    counted = np.full(len(latents), -1, dtype=np.int64)
+    counted[latent[rows] - latents.start] = firing_counts["n_tokens"].to_numpy()[rows]
+    wrong = np.flatnonzero(counted != n_tokens)
+    if len(wrong):
+        found = counted[wrong[0]] if counted[wrong[0]] >= 0 else None
         raise ValueError(
-            f"{layer} latent {latent}: {n_tokens} activations, but its firing count is "
-            f"{counted_tokens}. Make the activation cache again."
+            f"{layer} latent {latents[wrong[0]]}: {n_tokens[wrong[0]]} activations, but its firing "
+            f"count is {found}. Make the activation cache again."
         )
-    return joined.drop("counted")
+    n_contexts = np.zeros(len(latents), dtype=np.uint64)
+    n_contexts[latent[rows] - latents.start] = firing_counts["n_contexts"].to_numpy()[rows]
+    return n_contexts
 
 
-def _activation_quantiles(
-    firing: FiringTokens, n_tokens: Int64[np.ndarray, " latent"]
-) -> Float32[np.ndarray, "latent quantile"]:
+def _activation_quantiles(firing: FiringTokens) -> Float32[np.ndarray, "latent quantile"]:
     """At ``_QUANTILES``, interpolated linearly as in ``numpy.quantile``; 0 for a dead latent."""
-    ordered = np.append(_sorted_by_latent(firing.activation, n_tokens), np.float32(0))
-    ordered = ordered.astype(np.float64)
-    first = (np.cumsum(n_tokens) - n_tokens)[:, None]
-    at = np.maximum(n_tokens - 1, 0)[:, None] * np.array(_QUANTILES)
+    n_tokens = np.diff(firing.first)[:, None]
+    keys = _sorted_keys_of(firing)
+    at = np.maximum(n_tokens - 1, 0) * np.array(_QUANTILES)
     low = np.floor(at).astype(np.int64)
-    below, above = ordered[first + low], ordered[first + np.ceil(at).astype(np.int64)]
+    ends = (firing.first[:-1, None] + end for end in (low, np.ceil(at).astype(np.int64)))
+    below, above = (_value_of(keys[np.minimum(end, len(keys) - 1)]) for end in ends)
     values = below + (above - below) * (at - low)
-    return np.where(n_tokens[:, None] > 0, values, 0).astype(np.float32)
+    return np.where(n_tokens > 0, values, 0).astype(np.float32)
 
 
-def _sorted_by_latent(
-    activation: Float32[np.ndarray, " token"], n_tokens: Int64[np.ndarray, " latent"]
-) -> Float32[np.ndarray, " token"]:
-    """Each latent's activations in ascending order; the latents follow each other."""
-    # Positive floats sort as their bits do, and of bfloat16 half of them are 0: 16 bits sort 15
-    # times as fast as 32.
-    bits = np.ascontiguousarray(activation).view(np.uint32)
-    is_half = not (bits & 0xFFFF).any()
-    keys = (bits >> 16).astype(np.uint16) if is_half else bits.copy()
-    stop = np.cumsum(n_tokens)
-    for latent in np.flatnonzero(n_tokens):
-        mine = slice(int(stop[latent] - n_tokens[latent]), int(stop[latent]))
-        keys[mine] = np.sort(keys[mine], kind="stable")
-    return (keys.astype(np.uint32) << 16 if is_half else keys).view(np.float32)
+def _sorted_keys_of(
+    firing: FiringTokens,
+) -> UInt16[np.ndarray, " token"] | UInt32[np.ndarray, " token"]:
+    """The bits of each latent's activations in ascending order, and a 0 behind the last latent's.
+
+    Positive floats sort as their bits do, and of bfloat16 half of them are 0: 16 bits sort 15 times
+    as fast as 32.
+    """
+    bits = np.append(firing.activation, np.float32(0)).view(np.uint32)
+    is_half = not int(np.bitwise_or.reduce(bits)) & 0xFFFF
+    keys = bits.view(np.uint16)[_HIGH_HALF::2].copy() if is_half else bits
+    for start, stop in pairwise(firing.first.tolist()):
+        keys[start:stop].sort(kind="stable")
+    return keys
 
 
-def _top_tokens(
-    firing: FiringTokens, grid: WindowGrid, dataset: TokenDataset, latents: range
-) -> pl.DataFrame:
-    """``latent``, ``top_tokens``, ``top_token_shares``; only latents with train windows."""
+def _value_of(
+    keys: UInt16[np.ndarray, "latent quantile"] | UInt32[np.ndarray, "latent quantile"],
+) -> Float64[np.ndarray, "latent quantile"]:
+    is_half = keys.dtype == np.uint16
+    bits = keys.astype(np.uint32) << np.uint32(16 if is_half else 0)
+    return bits.view(np.float32).astype(np.float64)
+
+
+class _TopTokens(NamedTuple):
+    """The tokens with the largest summed activation over train windows, the largest first."""
+
+    n: Int64[np.ndarray, " latent"]
+    token: UInt32[np.ndarray, "latent place"]
+    """0 from ``n`` on."""
+    share: Float64[np.ndarray, "latent place"]
+    """Of the summed activation."""
+
+
+def _top_tokens(firing: FiringTokens, grid: WindowGrid, dataset: TokenDataset) -> _TopTokens:
+    n_latents = len(firing.first) - 1
     is_train = np.append(grid.split == 0, False)
     at = np.flatnonzero(is_train[firing.window])  # a token in no window, -1, reads the last
-    token = dataset.tokens[firing.token[at]]
+    token = dataset.tokens[firing.places(dataset, at)]
     latent, token, summed = _summed_by_token(firing.latent[at], token, firing.activation[at])
-    share = summed / np.bincount(latent, weights=summed)[latent] if len(latent) else summed
+    whole = np.bincount(latent, weights=summed, minlength=n_latents)
     rows = np.flatnonzero(summed >= _enough_for_top(latent, summed)[latent])
     # The bits of positive floats sort as the floats do; inverted, the largest come first.
     rows = rows[order_within(latent[rows], ~summed[rows].view(np.uint64))]
     place = number_in_group(latent[rows])
-    rows = rows[place < _N_TOP_TOKENS]
-    frame = pl.DataFrame(
-        {
-            "latent": (latent[rows] + latents.start).astype(np.uint32),
-            "top_tokens": token[rows].astype(np.uint32),
-            "top_token_shares": share[rows],
-        }
+    rows, place = rows[place < _N_TOP_TOKENS], place[place < _N_TOP_TOKENS]
+    top = _TopTokens(
+        np.bincount(latent[rows], minlength=n_latents),
+        np.zeros((n_latents, _N_TOP_TOKENS), dtype=np.uint32),
+        np.zeros((n_latents, _N_TOP_TOKENS)),
     )
-    return frame.group_by("latent", maintain_order=True).agg(pl.all())
+    top.token[latent[rows], place] = token[rows]
+    top.share[latent[rows], place] = summed[rows] / whole[latent[rows]]
+    return top
 
 
 def _summed_by_token(

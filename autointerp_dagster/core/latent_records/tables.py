@@ -20,7 +20,7 @@ from autointerp_dagster.core.latent_records.firing import (
     count_by_split,
     firing_tokens,
 )
-from autointerp_dagster.core.latent_records.statistics import statistics_of, status_of
+from autointerp_dagster.core.latent_records.statistics import statistics_of
 from autointerp_dagster.core.latent_records.window_rows import window_rows
 from autointerp_dagster.core.negatives import NegativeSources
 from autointerp_dagster.core.schemas import LATENTS, WINDOWS, LatentStatus
@@ -107,16 +107,24 @@ def latent_records_of(
     grid = window_grid(dataset, config) if grid is None else grid
     firing = firing_tokens(activations, dataset, grid, layer, latents)
     active = active_windows(firing, grid)
-    statistics = statistics_of(firing, active, firing_counts, dataset, grid, layer, latents)
-    statistics = statistics.with_columns(status=status_of(config))
-    is_ok = (statistics["status"] == "ok").to_numpy()
+    statistics = statistics_of(firing, active, firing_counts, dataset, grid, layer, latents, config)
     sources = NegativeSources() if sources is None else sources
-    top = statistics["top_tokens"].list.first().cast(pl.Int64).fill_null(-1).to_numpy()
-    drawn = draw_windows(firing, active, is_ok, dataset, grid, layer, latents, config, top, sources)
+    drawn = draw_windows(
+        firing,
+        active,
+        statistics.is_ok,
+        dataset,
+        grid,
+        layer,
+        latents,
+        config,
+        statistics.top_token,
+        sources,
+    )
     check_splits(grid, drawn.window, drawn.split)
     is_silent = np.arange(len(drawn.latent)) >= len(drawn.chosen.row)
     n_negative = count_by_split(drawn.latent[is_silent], drawn.split[is_silent], len(latents))
-    rows = statistics.with_columns(
+    rows = statistics.table.with_columns(
         pl.Series("n_near_duplicates", drawn.n_near_duplicates),
         *(pl.Series(f"n_negative_{name}", n_negative[:, i]) for i, name in enumerate(SPLITS)),
     )

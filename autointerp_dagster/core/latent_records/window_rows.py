@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
-from jaxtyping import Bool, Int64, UInt64
+import pyarrow as pa
+from jaxtyping import Int64, UInt64
 
 from autointerp_dagster.core.config import SamplingConfig
 from autointerp_dagster.core.latent_records.draw import DrawnWindows
@@ -38,29 +39,38 @@ def window_rows(
     window_id = (context << 16 | drawn.start).astype(np.uint64)
     kind = np.concatenate([np.full(n_activating, len(config.negative_kinds)), drawn.kind])
     order = _key_order(drawn, kind, window_id, config.negative_kinds)
-    chosen = _null_where(order >= n_activating, order)
-    kinds = pl.Series(config.negative_kinds, dtype=pl.String)
     windows = sources.neighbour_windows
     neighbours = NEIGHBOUR_WINDOWS.empty() if windows is None else windows
-    source = np.concatenate([np.full(n_activating, -1), drawn.source])[order]
-    neighbour = _null_where(source < 0, source)
-    return pl.DataFrame(
-        {
-            "latent": (drawn.latent + latents.start).astype(np.uint32)[order],
-            "split": pl.Series(SPLITS, dtype=pl.String).gather(drawn.split[order]),
-            "is_activating": order < n_activating,
-            "negative_kind": kinds.gather(_null_where(order < n_activating, kind[order])),
-            "window_id": window_id[order],
-            "context": context.astype(np.uint32)[order],
-            "start": drawn.start.astype(np.uint16)[order],
-            "quantile": pl.Series(drawn.chosen.quantile.astype(np.uint8)).gather(chosen),
-            "rank": drawn.rank.astype(np.uint16)[order],
-            "max_activation": pl.Series(drawn.cuts.maximum[drawn.chosen.row]).gather(chosen),
-            "activations": _position_activations(drawn, firing, grid).gather(chosen),
-            "neighbour": neighbours["latent"].gather(neighbour),
-            "neighbour_activations": neighbours["activations"].gather(neighbour),
-        }
-    )
+    source = np.concatenate([np.full(n_activating, -1), drawn.source])
+    columns = {
+        "latent": (drawn.latent + latents.start).astype(np.uint32),
+        "split": drawn.split,
+        "is_activating": np.arange(len(kind)) < n_activating,
+        "negative_kind": kind,
+        "window_id": window_id,
+        "context": context.astype(np.uint32),
+        "start": drawn.start.astype(np.uint16),
+        "rank": drawn.rank.astype(np.uint16),
+        "source": source,
+        "drawn": np.arange(len(kind)),
+    }
+    rows = pl.DataFrame({name: column[order] for name, column in columns.items()})
+    chosen = pl.when("is_activating").then("drawn")  # gathering a null gives a null
+    neighbour = pl.when(pl.col("source") >= 0).then("source")
+    values = {
+        "split": (pl.Series(SPLITS, dtype=pl.String), pl.col("split")),
+        "negative_kind": (
+            pl.Series(config.negative_kinds, dtype=pl.String),
+            pl.when(~pl.col("is_activating")).then("negative_kind"),
+        ),
+        "quantile": (pl.Series(drawn.chosen.quantile.astype(np.uint8)), chosen),
+        "max_activation": (pl.Series(drawn.cuts.maximum[drawn.chosen.row]), chosen),
+        "neighbour": (neighbours["latent"], neighbour),
+        "neighbour_activations": (neighbours["activations"], neighbour),
+    }
+    gathered = (pl.lit(of).gather(at).alias(name) for name, (of, at) in values.items())
+    activations = _position_activations(drawn, firing, grid, order)
+    return rows.with_columns(activations, *gathered).drop("source", "drawn")
 
 
 def _key_order(
@@ -81,18 +91,27 @@ def _key_order(
     return order_within(group * len(kinds) + kind_rank, window_id << np.uint64(unused))
 
 
-def _null_where(is_null: Bool[np.ndarray, " row"], rows: Int64[np.ndarray, " row"]) -> pl.Series:
-    """Indices to gather by: a null gathers a null."""
-    return pl.select(pl.when(~pl.lit(pl.Series(is_null))).then(pl.Series(rows))).to_series()
-
-
-def _position_activations(drawn: DrawnWindows, firing: FiringTokens, grid: WindowGrid) -> pl.Series:
-    """One list per activating window: the activation at each position, 0 where silent."""
-    rows = drawn.chosen.row
-    start, first, n_tokens = (column[rows] for column in drawn.cuts[:3])
+def _position_activations(
+    drawn: DrawnWindows,
+    firing: FiringTokens,
+    grid: WindowGrid,
+    order: Int64[np.ndarray, " row"],
+) -> pl.Series:
+    """In this order: the activation at each position, 0 where silent; null for silent windows."""
+    is_activating = order < len(drawn.chosen.row)
+    chosen = order[is_activating]
+    rows = drawn.chosen.row[chosen]
+    start, first, n_tokens = drawn.start[chosen], drawn.cuts.first[rows], drawn.cuts.n_tokens[rows]
     slot = np.repeat(np.arange(len(rows)), n_tokens)
     begin = np.cumsum(n_tokens) - n_tokens
     token = np.arange(len(slot)) + np.repeat(first - begin, n_tokens)
     dense = np.zeros((len(rows), grid.window_len), dtype=np.float32)
     dense[slot, firing.position[token] - start[slot]] = firing.activation[token]
-    return pl.Series(dense, dtype=pl.Array(pl.Float32, grid.window_len)).arr.to_list()
+    # Put together as Arrow lays lists out: to gather lists would take as long as the draw.
+    stop = np.cumsum(is_activating) * grid.window_len
+    lists = pa.LargeListArray.from_arrays(
+        pa.array(np.concatenate([[0], stop])),
+        pa.array(dense.reshape(-1)),
+        mask=pa.array(~is_activating),
+    )
+    return pl.Series("activations", lists)

@@ -42,11 +42,10 @@ def _mixed(
     high_mask = (np.uint64(1) << (bits - low)) - np.uint64(1)
     low_mask = (np.uint64(1) << low) - np.uint64(1)
     left, right = value >> low, value & low_mask
-    with np.errstate(over="ignore"):
-        for _ in range(_ROUNDS):
-            key = key * np.uint64(0xD1342543DE82EF95) + np.uint64(0x9E3779B97F4A7C15)
-            left = left ^ (_scrambled(right, key) & high_mask)
-            right = right ^ (_scrambled(left, ~key) & low_mask)
+    for _ in range(_ROUNDS):
+        key = key * np.uint64(0xD1342543DE82EF95) + np.uint64(0x9E3779B97F4A7C15)
+        left = left ^ (_scrambled(right, key) & high_mask)
+        right = right ^ (_scrambled(left, ~key) & low_mask)
     return left << low | right
 
 

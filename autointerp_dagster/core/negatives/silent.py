@@ -60,13 +60,21 @@ def matching_demand(
     n_chosen = np.bincount(group, minlength=len(keys) * len(SPLITS))[group]
     copies = np.maximum(0, (n_wanted[split] - draw_rank - 1) // np.maximum(n_chosen, 1) + 1)
     n_places = int(place.max(initial=0)) + 1
-    cell, cell_of = np.unique(group * n_places + place, return_inverse=True)
-    n = np.bincount(cell_of, weights=copies, minlength=len(cell)).astype(np.int64)
-    cell, n = cell[n > 0], n[n > 0]
+    cell, n = _summed(group * n_places + place, copies)
     at, place_of = np.divmod(cell, n_places)
     of_latent, split_of = np.divmod(at, len(SPLITS))
     stratum = place_of * len(SPLITS) + split_of
     return Demand(of_latent, split_of, place_of, n, hash_priority(keys[of_latent], stratum))
+
+
+def _summed(
+    cell: Int64[np.ndarray, " window"], copies: Int64[np.ndarray, " window"]
+) -> tuple[Int64[np.ndarray, " cell"], Int64[np.ndarray, " cell"]]:
+    """Each cell that has copies, ascending, and how many; none has 2**17 in one window."""
+    packed = np.sort(cell[copies > 0] << 17 | copies[copies > 0])
+    cell, copies = packed >> 17, packed & (1 << 17) - 1
+    first = np.flatnonzero(np.append(True, cell[1:] != cell[:-1])[: len(cell)])
+    return cell[first], np.add.reduceat(copies, first) if len(first) else copies
 
 
 def silent_windows(

@@ -240,7 +240,7 @@ def may_be_drawn(
     below = (np.minimum(share, 0.75) * 2.0**64).astype(np.uint64)
     below[share >= 0.75] = np.iinfo(np.uint64).max
     kept = priority <= below[cell]
-    n_near = np.bincount(cell[kept & ~may_go], minlength=len(count))
+    n_near = np.bincount(cell[np.flatnonzero(kept & ~may_go)], minlength=len(count))
     n_early = np.minimum(n_near, early).reshape(-1, n_quantiles)
     is_short = (n_early < early.reshape(-1, n_quantiles)) & (n_early < count.reshape(n_early.shape))
     enough = (n_early.sum(axis=1) >= n_wanted) & ~is_short.any(axis=1)

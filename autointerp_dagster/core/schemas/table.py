@@ -36,19 +36,21 @@ class Table:
         Raises:
             ValueError: If a column is missing, unknown or of another type, or a key repeats.
         """
-        if layer is not None:
-            frame = frame.with_columns(coder=pl.lit(layer.coder), hookpoint=pl.lit(layer.hookpoint))
-        missing = [name for name in self.columns if name not in frame.columns]
-        unknown = [name for name in frame.columns if name not in self.columns]
+        constant = {} if layer is None else {"coder": layer.coder, "hookpoint": layer.hookpoint}
+        given = [*frame.columns, *constant]
+        missing = [name for name in self.columns if name not in given]
+        unknown = [name for name in given if name not in self.columns]
         if missing or unknown:
             raise ValueError(
                 f"table {self.name}: missing columns {missing}, unknown columns {unknown}."
             )
         try:
-            frame = frame.select(pl.col(n).cast(t) for n, t in self.columns.items())
+            frame = frame.select(
+                pl.lit(constant[name]).alias(name) if name in constant else pl.col(name).cast(kind)
+                for name, kind in self.columns.items()
+            )
         except pl.exceptions.InvalidOperationError as error:
             raise ValueError(f"table {self.name}: {error}") from error
-        constant = () if layer is None else ("coder", "hookpoint")
         key = [name for name in self.key if name not in constant]
         if _ascends(frame, key):  # what is made in order is not sorted again
             return frame
@@ -71,28 +73,43 @@ def _ascends(frame: pl.DataFrame, key: Sequence[str]) -> bool:
     """Whether each row comes after the one before it, by the first of the columns that differs."""
     if frame.height < 2:
         return True
-    tied = np.ones(frame.height - 1, dtype=bool)
-    for name in key:
-        is_same, is_after = _compared(frame.get_column(name), tied)
-        if not is_after:
-            return False
+    tied, to_compare = np.ones(frame.height - 1, dtype=bool), []
+    for name, is_same in _same_as_before(frame, key).items():
+        column, differs = frame.get_column(name), tied & ~is_same
+        if _is_plain(column):
+            values = column.to_numpy()
+            if (differs & (values[1:] < values[:-1])).any():
+                return False
+        elif differs.any():  # in few rows: a column that is no number has long runs
+            rows = pl.Series(np.flatnonzero(differs))
+            to_compare.append(_come_after(pl.col(name), rows).alias(name))
         tied &= is_same
-    return not tied.any()
+    return not tied.any() and all(frame.select(to_compare).row(0) if to_compare else ())
 
 
-def _compared(
-    column: pl.Series, tied: Bool[np.ndarray, " pair"]
-) -> tuple[Bool[np.ndarray, " pair"], bool]:
-    """Which values are like the one before, and whether all others of the tied pairs ascend."""
-    if column.dtype.is_integer() and not column.null_count():
-        values = column.to_numpy()
-        is_same = values[1:] == values[:-1]
-        return is_same, bool((is_same | ~tied | (values[1:] > values[:-1])).all())
-    last, here = column.head(-1), column.slice(1)
-    is_same = here.eq_missing(last).to_numpy()
-    rows = np.flatnonzero(tied & ~is_same)  # few: a column that is no number has long runs
-    if not len(rows):
-        return is_same, True
-    last, here = last.gather(rows), here.gather(rows)
+def _same_as_before(
+    frame: pl.DataFrame, key: Sequence[str]
+) -> dict[str, Bool[np.ndarray, " pair"]]:
+    """Of each column of the key, which values are like the one before."""
+    others = [name for name in key if not _is_plain(frame.get_column(name))]
+    same = frame.select(pl.col(name).eq_missing(pl.col(name).shift(1)) for name in others)
+    found: dict[str, Bool[np.ndarray, " pair"]] = {}
+    for name in key:
+        if name in others:
+            found[name] = same.get_column(name).to_numpy()[1:]
+        else:
+            values = frame.get_column(name).to_numpy()
+            found[name] = values[1:] == values[:-1]
+    return found
+
+
+def _is_plain(column: pl.Series) -> bool:
+    """Whether it can be compared as an array, without a query."""
+    return column.dtype.is_integer() and not column.null_count()
+
+
+def _come_after(column: pl.Expr, rows: pl.Series) -> pl.Expr:
+    """Whether the values behind these rows are greater, or null where the row's is not."""
+    last, here = column.gather(rows), column.gather(rows + 1)
     is_after = (here > last) | (here.is_null() & last.is_not_null())
-    return is_same, bool(is_after.fill_null(False).all())
+    return is_after.fill_null(False).all()

@@ -1,7 +1,8 @@
 """The windows that contexts are cut into, their splits, and which of them nearly repeat another."""
 
-from autointerp_dagster.core.windows.grams import GRAM_LEN, gram_hashes
+from autointerp_dagster.core.windows.grams import GRAM_LEN, tail_hashes
 from autointerp_dagster.core.windows.grid import (
+    N_TAIL,
     SPLITS,
     Strata,
     WindowGrid,
@@ -14,6 +15,7 @@ from autointerp_dagster.core.windows.spans import Spans, repeating_spans
 
 __all__ = [
     "GRAM_LEN",
+    "N_TAIL",
     "SPLITS",
     "Shingles",
     "Spans",
@@ -21,8 +23,8 @@ __all__ = [
     "WindowGrid",
     "check_splits",
     "context_splits",
-    "gram_hashes",
     "near_duplicates",
     "repeating_spans",
+    "tail_hashes",
     "window_grid",
 ]
