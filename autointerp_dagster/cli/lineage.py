@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from autointerp_dagster.adapters.manifests import Manifest
 from autointerp_dagster.cli.latent_statistics import LatentStatistics
@@ -105,6 +106,8 @@ class ScoreWalk:
     """The nearest first."""
     external: Mapping[str, str]
     """``asset place`` to weights' or corpus hash."""
+    corpus: Mapping[str, Any]
+    """Where the text is from and which version of it was read; JSON-ready."""
     activations: LatentStatistics | None
     """Null where a score before it rests on the same activations, or nothing is known of them."""
 

@@ -121,6 +121,12 @@ class Walk:
             )
         return f"not scored: no explanation ({reasons})"
 
+    @property
+    def corpus(self) -> dict[str, Any]:
+        """What the token dataset says of its text; empty if it says nothing."""
+        tokens = self.ancestors.get("token_dataset")
+        return {} if tokens is None else tokens.summary.get("corpus", {})
+
     def dataset(self) -> TokenDataset:
         """The tokens that the windows were cut from."""
         return read_dataset(self.store, self.ancestors["token_dataset"])
@@ -213,6 +219,7 @@ def walk_latent(
                     explained=explained,
                     made_from=tuple(Made.of(m) for ms in walk.made_from.values() for m in ms),
                     external=dict(sorted(walk.external.items())),
+                    corpus=walk.corpus,
                     activations=activations,
                 )
             )

@@ -122,9 +122,8 @@ def _add_manifests(tree: Tree, score: ScoreWalk) -> None:
             below.add(f"{made.manifest} version {made.version}, run {made.run_id}, {made.finished}")
     for name, version in score.external.items():
         branch.add(f"{escape(name)}: hash {version}")
-    tokens = walk.ancestors.get("token_dataset")
-    for key, value in (tokens.summary.get("corpus", {}) if tokens else {}).items():
-        branch.add(f"text: {key} {escape(str(value))}")
+    for name, value in score.corpus.items():
+        branch.add(f"text: {name} {escape(str(value))}")
 
 
 def _by_asset(manifests: list[Made]) -> Iterator[tuple[str, list[Made]]]:

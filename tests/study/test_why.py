@@ -54,7 +54,7 @@ def walk(tmp_path):
 
 def test_a_walk_names_every_range_that_neighbours_were_counted_on(walk):
     made_from = tuple(Made.of(m) for manifests in walk.made_from.values() for m in manifests)
-    score = ScoreWalk(Made.of(walk.manifest), "no verdict", (), made_from, walk.external, None)
+    score = ScoreWalk(Made.of(walk.manifest), "no verdict", (), made_from, walk.external, {}, None)
     out = io.StringIO()
     print_walk(None, LatentWalk("s", LAYER, 12, (score,)), Console(file=out, width=200))
     assert "activation_cache: 2 ranges" in out.getvalue()
@@ -67,10 +67,10 @@ def test_a_walk_names_the_version_of_the_text(tmp_path):
     store = Store(tmp_path)
     about = {"dataset": "me/texts", "commit": "0" * 40, "files": ["[a]*.parquet"]}
     tokens = store.commit(manifest_of("token_dataset", "all", summary={"corpus": about}))
-    score = store.commit(manifest_of("score_detection", OWN, [tokens]))
-    tree, out = Tree("root"), io.StringIO()
-    _add_manifests(tree, Walk.start(store, score))
-    Console(file=out, width=200).print(tree)
+    walk = Walk.start(store, store.commit(manifest_of("score_detection", OWN, [tokens])))
+    score = ScoreWalk(Made.of(walk.manifest), "no verdict", (), (), {}, walk.corpus, None)
+    out = io.StringIO()
+    print_walk(None, LatentWalk("s", LAYER, 12, (score,)), Console(file=out, width=200))
     assert "text: dataset me/texts" in out.getvalue()
     assert f"text: commit {'0' * 40}" in out.getvalue()
     assert "text: files ['[a]*.parquet']" in out.getvalue()
