@@ -1,5 +1,7 @@
 """External: the text, versioned by the hash of its documents or of the files they are in."""
 
+from typing import Any
+
 import dagster as dg
 
 from autointerp_dagster.partitions import observed_asset
@@ -13,7 +15,7 @@ def build_corpus(study: Study) -> dg.AssetsDefinition:
     @observed_asset(study, "corpus")
     def corpus(corpora: Corpora) -> dg.ObserveResult:
         found = corpora.of(study)
-        version = dg.DataVersion(found.identity())
-        return dg.ObserveResult(data_version=version, metadata=dict(found.about()))
+        about: dict[str, Any] = dict(found.about())
+        return dg.ObserveResult(data_version=dg.DataVersion(found.identity()), metadata=about)
 
     return corpus

@@ -87,18 +87,34 @@ def test_strength_ranks_put_the_strongest_first_and_break_ties_by_priority_not_b
     assert strength_ranks(latent, maximum, priority).tolist() == [3, 2, 0, 1, 1, 0]
 
 
+def no_ties(rows):
+    return np.zeros(len(rows), dtype=np.uint64)
+
+
+def test_quantile_bands_are_those_of_the_ranks_by_strength():
+    rng = np.random.default_rng(5)
+    latent = np.sort(rng.integers(0, 4, 500))
+    maximum = rng.integers(1, 40, 500).astype(np.float32)  # many are equal
+    priority = priorities(500)
+    rank = strength_ranks(latent, maximum, priority)
+    expected = rank * 7 // np.bincount(latent)[latent]
+    found = quantile_bands(latent, maximum, lambda rows: priority[rows], 7)
+    assert found.tolist() == expected.tolist()
+
+
 def test_quantile_bands_have_equal_counts_and_spread_the_remainder():
     # 7 windows in 3 bands: index * 3 // 7 = 0 0 0 1 1 2 2; 2 windows in 4 bands: 0 and 2.
     latent = np.array([0] * 7 + [1] * 2)
-    strength = np.array([0, 1, 2, 3, 4, 5, 6, 0, 1])
-    assert quantile_bands(latent, strength, 3)[:7].tolist() == [0, 0, 0, 1, 1, 2, 2]
-    assert quantile_bands(latent, strength, 4)[7:].tolist() == [0, 2]
+    maximum = np.array([7, 6, 5, 4, 3, 2, 1, 7, 6], dtype=np.float32)
+    assert quantile_bands(latent, maximum, no_ties, 3)[:7].tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert quantile_bands(latent, maximum, no_ties, 4)[7:].tolist() == [0, 2]
 
 
 @settings(max_examples=30, deadline=None)
 @given(n=st.integers(1, 200), n_quantiles=st.integers(1, 12))
 def test_quantile_bands_differ_by_one_at_most(n, n_quantiles):
-    bands = quantile_bands(one_group(n), np.arange(n), n_quantiles)
+    maximum = np.arange(n, 0, -1).astype(np.float32)
+    bands = quantile_bands(one_group(n), maximum, no_ties, n_quantiles)
     counts = np.bincount(bands, minlength=n_quantiles)
     assert counts.max() - counts.min() <= 1
     assert (np.diff(bands) >= 0).all()

@@ -71,7 +71,7 @@ def prompts_of(
     group = np.unique(latent, return_inverse=True)[1].astype(np.int64)
     priority = _priorities(layer, latent, window_id, config.seed, "intervention-prompts")
     strength = strength_ranks(group, activation, priority)
-    quintile = quantile_bands(group, strength, N_QUINTILES)
+    quintile = quantile_bands(group, activation, lambda rows: priority[rows], N_QUINTILES)
     shown = splits[found["context"].to_numpy()] == _TRAIN
     n_scoring = config.n_prompts - config.n_for_explainer
     n_wanted = np.where(shown, config.n_for_explainer, n_scoring).astype(np.int64)

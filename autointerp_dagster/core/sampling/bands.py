@@ -22,10 +22,10 @@ class _Bins(NamedTuple):
     """Windows counted by latent and maximum."""
 
     bin: Int64[np.ndarray, " window"]
-    """Index into ``count``: the bins of a latent follow each other, the strongest first."""
+    """Index into ``counts``: the bins of a latent follow each other, the strongest first."""
     rest: UInt32[np.ndarray, " window"]
     """By how much the maximum is below the bin's largest value, in units of the last place."""
-    count: Int64[np.ndarray, "latent bin"]
+    counts: Int64[np.ndarray, "latent bin"]
     """The last bin of a latent is empty."""
 
 
@@ -49,16 +49,16 @@ def quantile_bands(
     if not len(latent):
         return np.zeros(0, dtype=np.int8)
     bins = _bins_of(latent, maximum)
-    n_windows = bins.count.sum(axis=1)
-    stop = np.cumsum(bins.count)
-    first = stop - bins.count.reshape(-1)
+    n_windows = bins.counts.sum(axis=1)
+    stop = np.cumsum(bins.counts)
+    first = stop - bins.counts.reshape(-1)
     start = (np.cumsum(n_windows) - n_windows)[:, None]
     # Band k begins at the first rank r with r * n_quantiles >= k * n_windows.
     edge = -(-np.arange(1, n_quantiles) * n_windows[:, None] // n_quantiles)
     edge = (start + edge)[edge < n_windows[:, None]]
     cut = np.searchsorted(stop, edge, side="right")
     is_inside = first[cut] < edge
-    begins = np.zeros(bins.count.shape, dtype=np.int8)
+    begins = np.zeros(bins.counts.shape, dtype=np.int8)
     np.add.at(begins.reshape(-1), cut + is_inside, np.int8(1))
     band_of_bin = np.cumsum(begins, axis=1, dtype=np.int8).reshape(-1)
     band_of_bin[cut[is_inside]] = -1
