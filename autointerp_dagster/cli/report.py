@@ -275,7 +275,7 @@ def _median(row: dict[str, Any] | None) -> str:
 
 def _coders_table(comparisons: pl.DataFrame, interval_name: str) -> Table:
     table = Table(title="Coder against coder: difference of the medians, mean over shared layers")
-    for name in ("coders", "scorer\nexplainer", "a - b", interval_name, "p", "latents"):
+    for name in ("coders", "scorer\nexplainer", "a - b", interval_name, "p", "n"):
         table.add_column(name, no_wrap=True)
     for row in comparisons.filter(pl.col("comparison") == "coder").iter_rows(named=True):
         asked = f"{row['scorer']}\n  [dim]{row['explainer'] or 'no explanation'}[/]"
