@@ -2,10 +2,12 @@
 
 The subject model is an embedding and one linear layer and the coder is narrow, so that nothing but
 the tokens and their non-zeros grows: 8 per token, all in one range of latents, of which one fires
-on every token. Each size runs in a process of its own. Its figure is the most memory that was ever
-resident (``ru_maxrss``) less what was resident when packages were imported and model, coder and
-tokens were there (4 bytes a token, the only thing that grows by design). That is what the stage
-does: forward passes, the spool with checkpoints, the merge, statistics and the Parquet file.
+on every token. Each size runs in a process of its own. Its figure is the most anonymous memory
+(resident pages that are no file's) that it ever had, looked at every millisecond from outside, less
+what it had when packages were imported and model and coder were there. That is what the stage does:
+reading the tokens, forward passes, the spool with checkpoints, the merge, statistics and the
+Parquet file. Tokens are read from their file as they are needed; the operating system may forget
+them again, so they are not counted.
 """
 
 import json
@@ -13,6 +15,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +24,7 @@ import polars as pl
 import torch
 from torch import nn
 
-from autointerp_dagster.adapters.cache import cache_layers
+from autointerp_dagster.adapters.cache import SpoolSettings, cache_layers
 from autointerp_dagster.adapters.datasets import read_dataset, write_dataset
 from autointerp_dagster.adapters.manifests import Manifest, Provenance
 from autointerp_dagster.adapters.shards import write_shard
@@ -54,8 +57,22 @@ def run() -> list[Result]:
 def _measured(n_tokens: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.cache_memory", str(n_tokens), folder]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            child.stdout.readline()  # it is ready
+            before = peak = _anonymous_bytes(child.pid)
+            while child.poll() is None:
+                peak = max(peak, _anonymous_bytes(child.pid))
+                time.sleep(0.001)
+            found = json.loads(child.stdout.read())
+        assert child.returncode == 0
+    return {"peak_mb": (peak - before) / 2**20, **found}
+
+
+def _anonymous_bytes(pid: int) -> int:
+    """Resident memory that is no file's; 0 of a process that has just ended."""
+    _, resident, of_files, *_ = Path(f"/proc/{pid}/statm").read_text().split()
+    return (int(resident) - int(of_files)) * resource.getpagesize()
 
 
 class _Model(nn.Module):
@@ -128,12 +145,14 @@ def _write_dataset(n_tokens: int, folder: Path) -> Manifest:
     )
 
 
-def _pass(store: Store, manifest: Manifest, folder: Path) -> dict[str, float]:
+def _pass(store: Store, manifest: Manifest, folder: Path) -> int:
+    """Rows that were stored."""
     subject, coder = _subject(), PlacedCoder(_coder(), LAYER.hookpoint, LAYER.hookpoint)
+    print("ready", flush=True)
     dataset, latents = read_dataset(store, manifest), LatentRange(0, NUM_LATENTS)
-    before = _resident_kb()
     ours = ({LAYER: coder}, {LAYER: [latents]}, folder / "spool", silent)
-    with cache_layers(subject, dataset, *ours) as cached:  # type: ignore[arg-type]
+    settings = SpoolSettings(checkpoint_s=1.0)  # so that both sizes are interrupted by some
+    with cache_layers(subject, dataset, *ours, settings=settings) as cached:  # type: ignore[arg-type]
         counts = cached.firing_counts(LAYER)["n_tokens"].to_numpy().astype(np.int64)
         builder = StatisticsBuilder(dataset, range(NUM_LATENTS))
 
@@ -144,13 +163,7 @@ def _pass(store: Store, manifest: Manifest, folder: Path) -> dict[str, float]:
 
         blob, _ = write_shard(store, observed(), counts)
         builder.table(LAYER)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"peak_mb": (peak - before) / 1024, "n_rows": blob.n_rows or 0}
-
-
-def _resident_kb() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
+    return blob.n_rows or 0
 
 
 def _child(n_tokens: int, folder: Path) -> None:
@@ -161,7 +174,7 @@ def _child(n_tokens: int, folder: Path) -> None:
     code += "print(m._write_dataset(int(sys.argv[1]), Path(sys.argv[2])).path)"
     command = [sys.executable, "-c", code, str(n_tokens), str(folder / "store")]
     path = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
-    print(json.dumps(_pass(store, store.manifest(path), folder)))
+    print(json.dumps({"n_rows": _pass(store, store.manifest(path), folder)}))
 
 
 if __name__ == "__main__":

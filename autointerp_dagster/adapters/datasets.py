@@ -26,7 +26,10 @@ def write_dataset(store: Store, dataset: TokenDataset) -> list[Blob]:
 
 
 def read_dataset(store: Store, manifest: Manifest) -> TokenDataset:
-    """Reads back what :func:`write_dataset` stored; the last one read is kept in memory.
+    """Reads back what :func:`write_dataset` stored; the last one read is kept.
+
+    Of a local store's dataset only the tables are in memory: the operating system reads tokens
+    when they are used, and may forget them again.
 
     Raises:
         StoreError: If a blob is missing or damaged.
@@ -38,7 +41,7 @@ def read_dataset(store: Store, manifest: Manifest) -> TokenDataset:
 def _read(store: Store, content_hash: str, blobs: tuple[Blob, ...]) -> TokenDataset:
     del content_hash  # part of the cache key alone
     manifest_blob = {blob.name: blob for blob in blobs}
-    arrays = store.tensors(manifest_blob["tokens"])
+    arrays = store.mapped_tensors(manifest_blob["tokens"])
     return TokenDataset(
         tokens=arrays["tokens"],
         offsets=arrays["offsets"],

@@ -14,29 +14,15 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from autointerp_dagster.adapters.tensor_files import tensor_places
+
 DIGEST_BYTES = 16
 HASH_BLOCK = 131_072
 """Rows of a table that are hashed at once; also a row group of a table in the store."""
 _MANY = 65_536
 """From so many values on, repeated strings and mostly silent lists are hashed in a shorter form."""
 
-
 _PIECE = 8 * 2**20
-_SAFETENSORS_TYPES = {
-    "F64": "<f8",
-    "F32": "<f4",
-    "F16": "<f2",
-    "I64": "<i8",
-    "I32": "<i4",
-    "I16": "<i2",
-    "I8": "|i1",
-    "U64": "<u8",
-    "U32": "<u4",
-    "U16": "<u2",
-    "U8": "|u1",
-    "BOOL": "|b1",
-}
-"""As numpy writes them."""
 
 
 class _Hasher(Protocol):
@@ -104,17 +90,12 @@ def tensor_file_hash(file: BinaryIO, names: Collection[str] | None = None) -> st
     Raises:
         ValueError: If it is no safetensors file, or has arrays of a type that numpy lacks.
     """
-    n_header = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(n_header))
+    places = tensor_places(file)
     hasher = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    for name in sorted(header.keys() - {"__metadata__"} if names is None else names):
-        about = header[name]
-        kind = _SAFETENSORS_TYPES.get(about["dtype"])
-        if kind is None:
-            raise ValueError(f"tensor {name}: type {about['dtype']}, wanted one that numpy has.")
-        start, stop = about["data_offsets"]
-        hasher.update(f"\0{name}\0{kind}\0{tuple(about['shape'])}\0".encode())
-        file.seek(8 + n_header + start)
+    for name in sorted(places if names is None else names):
+        dtype, shape, start, stop = places[name]
+        hasher.update(f"\0{name}\0{dtype}\0{shape}\0".encode())
+        file.seek(start)
         while start < stop and (data := file.read(min(_PIECE, stop - start))):
             hasher.update(data)
             start += len(data)

@@ -4,8 +4,8 @@ import re
 from typing import NamedTuple
 
 from autointerp_dagster.adapters.bulk import list_files, read_files
-from autointerp_dagster.adapters.manifests import Manifest
-from autointerp_dagster.adapters.storage import Store, checked_manifest
+from autointerp_dagster.adapters.manifests import Manifest, checked_manifest
+from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.core.errors import StoreError
 
 Name = tuple[str, str]

@@ -31,7 +31,7 @@ from safetensors.numpy import save as save_tensors
 from upath import UPath
 
 from autointerp_dagster.adapters.hashing import HASH_BLOCK, table_hash, tensors_hash
-from autointerp_dagster.adapters.manifests import Blob, Manifest, Part
+from autointerp_dagster.adapters.manifests import Blob, Manifest, Part, checked_manifest
 from autointerp_dagster.adapters.parquet import (
     FilePart,
     WrittenTable,
@@ -39,6 +39,7 @@ from autointerp_dagster.adapters.parquet import (
     encodings,
     write_frames,
 )
+from autointerp_dagster.adapters.tensor_files import mapped_tensors
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.schemas import Table
 
@@ -171,6 +172,21 @@ class Store:
             StoreError: If the blob is missing or its bytes are not those that were written.
         """
         return load_tensors(self._verified_bytes(blob))
+
+    def mapped_tensors(self, blob: Blob) -> dict[str, np.ndarray]:
+        """Named arrays for reading; those of a local store are in memory only as a file cache.
+
+        Raises:
+            StoreError: As :meth:`tensors`; all bytes are compared before this returns.
+        """
+        if self.root.protocol not in ("", "file"):
+            return self.tensors(blob)
+        path = Path((self.root / blob.path).path)
+        with self._reads(blob.path):
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != blob.checksum:
+                    raise self._damaged(blob, "the checksum is")
+            return mapped_tensors(path)
 
     def read_parts(self, blob: Blob, parts: Sequence[FilePart]) -> bytes:
         """Reads and checks part of a blob; nothing else of it is read.
@@ -344,27 +360,6 @@ class Store:
                 f"{self.root}/{path}: cannot be written: {error}. Nothing of it will be read; "
                 "free space or fix the permissions and run again."
             ) from error
-
-
-def checked_manifest(root: UPath, path: str, data: bytes) -> Manifest:
-    """The manifest that was read at a path of a store.
-
-    Raises:
-        StoreError: If it was changed after it was written, or has a format that this version does
-            not read.
-    """
-    if hashlib.sha256(data).hexdigest()[:32] != Path(path).stem:
-        raise StoreError(
-            f"{root}/{path}: the content does not match the manifest's name. It was changed or "
-            "damaged; delete it and materialize the cell again."
-        )
-    try:
-        return Manifest.from_json(data).stored_at(path)
-    except ValueError as error:
-        raise StoreError(
-            f"{root}/{path}: a manifest of another version of this package: {error}. "
-            "Use that version, or materialize the cell again."
-        ) from error
 
 
 def _remove_forgotten(folder: Path) -> None:

@@ -336,10 +336,9 @@ def _refuse_unknown_tokens(base_model: nn.Module, dataset: TokenDataset) -> None
     weight = getattr(embedding, "weight", None)
     if not isinstance(weight, Tensor):
         return
-    size = len(weight)
-    unknown = np.flatnonzero((dataset.tokens < 0) | (dataset.tokens >= size))
-    if unknown.size:
-        first = int(unknown[0])
+    size, tokens = len(weight), dataset.tokens
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= size):
+        first = int(np.flatnonzero((tokens < 0) | (tokens >= size))[0])
         context = int(np.searchsorted(dataset.offsets, first, side="right")) - 1
         raise ModelError(
             f"context {context}, position {first - int(dataset.offsets[context])}: token "

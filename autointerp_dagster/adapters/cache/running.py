@@ -225,6 +225,7 @@ def _spool_chunks(
             counts, last = _no_counts(coders), time.monotonic()
     if opened.checkpoint is None:  # there was no chunk
         opened.advance(0, counts, None)
+    opened.spool.free()  # sorting needs the room
 
 
 def _no_counts(coders: Mapping[LayerKey, PlacedCoder]) -> dict[LayerKey, FiringCounts]:

@@ -4,10 +4,11 @@ They are packed, buffered up to a fixed size, and appended to one raw file per c
 sorted when it is read. So memory does not grow with tokens, layers or ranges.
 """
 
+import ctypes
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from autointerp_dagster.core.activations import Nonzeros
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.types import Cell, LayerKey
 
-BUFFER_BYTES = 64 << 20
+BUFFER_BYTES = 16 << 20
 """Memory for non-zeros that are not on disk yet, all cells together."""
 
 FRAME_ROWS = 1 << 18
@@ -56,8 +57,9 @@ class Spool:
         self._cells_of: dict[LayerKey, list[Cell]] = {}
         for cell in files:
             self._cells_of.setdefault(cell.layer, []).append(cell)
-        # One piece of memory for good: buffers that grow and go would leave holes in the heap.
-        self._buffer = np.empty(max(buffer_bytes // KEY_BYTES, 1), dtype=np.uint64)
+        # One piece of memory while chunks come: buffers that grow would leave holes in the heap.
+        self._buffer: Keys | None = None
+        self._capacity = max(buffer_bytes // KEY_BYTES, 1)
         self._n_buffered = 0
         self._segments: list[tuple[Cell, int, int]] = []
         self._unsynced = set(self._file_of.values())
@@ -90,6 +92,7 @@ class Spool:
         for cell, start, stop in self._segments:
             segments.setdefault(cell, []).append((start, stop))
         for cell, bounds in segments.items():
+            assert self._buffer is not None  # there are segments of it
             file = self._file_of[cell]
             n_bytes, crc = self._written[file.name]
             with self._writes(file), file.open("ab") as opened:
@@ -114,6 +117,16 @@ class Spool:
                 os.fsync(opened.fileno())
         self._unsynced.clear()
         return dict(self._written)
+
+    def free(self) -> None:
+        """Gives the buffer's memory back, until there is more to append.
+
+        Raises:
+            StoreError: If the folder cannot be written.
+        """
+        self.flush()
+        self._buffer = None
+        _trim()
 
     @property
     def n_buffered(self) -> int:
@@ -184,11 +197,13 @@ class Spool:
         return crc
 
     def _hold(self, cell: Cell, keys: Keys) -> None:
+        if self._buffer is None:
+            self._buffer = np.empty(self._capacity, dtype=np.uint64)
         while keys.size:
-            if self._n_buffered == self._buffer.size or len(self._segments) == _MOST_SEGMENTS:
+            if self._n_buffered == self._capacity or len(self._segments) == _MOST_SEGMENTS:
                 self.flush()
             start = self._n_buffered
-            stop = min(start + keys.size, self._buffer.size)
+            stop = min(start + keys.size, self._capacity)
             self._buffer[start:stop] = keys[: stop - start]
             self._segments.append((cell, start, stop))
             self._n_buffered, keys = stop, keys[stop - start :]
@@ -199,6 +214,12 @@ class Spool:
             yield
         except OSError as error:
             raise unwritable(file, error) from error
+
+
+def _trim() -> None:
+    """Gives freed memory back: glibc keeps it, in a heap that gets holes as models run."""
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def unwritable(path: Path, error: OSError) -> StoreError:
