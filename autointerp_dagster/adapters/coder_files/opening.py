@@ -206,9 +206,10 @@ def _place(found: Found) -> tuple[str, str]:
 
 
 def _about(found: Found, coder: LinearCoder) -> str:
-    kind = "transcoder" if found.is_transcoder else "autoencoder"
+    is_transcoder = found.description.is_transcoder
+    kind = "transcoder" if is_transcoder else "autoencoder"
     reads, writes = _place(found)
-    where = f"{reads} to {writes}" if found.is_transcoder else reads
+    where = f"{reads} to {writes}" if is_transcoder else reads
     seen = " with ".join(filter(None, (found.unit.config, found.unit.weights)))
     return (
         f"{found.format.name}: {type(coder.activation).__name__} {kind} of {coder.num_latents} "
