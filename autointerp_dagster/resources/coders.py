@@ -9,7 +9,12 @@ from autointerp_dagster.adapters.baseline_coders import (
     baseline_identity,
     open_baseline,
 )
-from autointerp_dagster.adapters.coder_files import LoadedCoder, coder_identity, open_coder
+from autointerp_dagster.adapters.coder_files import (
+    LoadedCoder,
+    coder_identity,
+    open_coder,
+    published_l0,
+)
 from autointerp_dagster.adapters.hashing import json_hash
 from autointerp_dagster.core.config import FileCoderConfig
 from autointerp_dagster.core.llm import JournalBlock
@@ -62,6 +67,12 @@ class Coders(dg.ConfigurableResource):
         def beside(coder: str) -> LayerKey:
             return LayerKey(coder, layer.hookpoint)
 
+        def l0_of(coder: str) -> float | None:
+            config = study.coders[coder]
+            if not isinstance(config, FileCoderConfig):
+                return None  # it follows from what the baseline is
+            return published_l0(config, layer.hookpoint, _model_type_of(study))
+
         def dataset(n_tokens: int) -> TokenDataset:
             config = study.tokens.model_copy(update={"n_tokens": n_tokens})
             return Corpora().tokens(study, model, config)
@@ -72,6 +83,7 @@ class Coders(dg.ConfigurableResource):
             subject_model=model,
             coder=lambda name: self.of(study, beside(name)),
             coder_identity=lambda name: self.identity(study, beside(name)),
+            published_l0=l0_of,
             dataset=dataset,
             dataset_identity=lambda: json_hash([Corpora().of(study).identity(), cut]),
         )

@@ -11,11 +11,14 @@ from format_builders import (
     load,
     openai_state,
     write_json,
+    write_npz,
     write_pt,
     write_safetensors,
     write_yaml,
 )
 
+from autointerp_dagster.adapters.coder_files import published_l0
+from autointerp_dagster.core.config import FileCoderConfig
 from autointerp_dagster.core.errors import CoderError
 
 MLP = ("layers.3.mlp.input", "layers.3.mlp")
@@ -132,3 +135,17 @@ def test_an_autoencoder_whose_settings_name_both_sides_is_none_that_goes_from_on
     loaded = load(tmp_path, "layers.3", "gemma3_text")
     assert (loaded.reads, loaded.writes) == ("layers.3", "layers.3")
     assert "Threshold autoencoder of 24 latents, layers.3 (" in loaded.about
+
+
+def test_a_published_l0_is_known_without_the_tensors_and_makes_no_coder_another(
+    tmp_path: Path,
+) -> None:
+    for l0 in (22, 70):
+        root = tmp_path / str(l0) / "gemma-scope-2b-pt-res"
+        write_npz(root / f"layer_3/width_16k/average_l0_{l0}/params.npz", arrays(0))
+    first, other = (tmp_path / name / "gemma-scope-2b-pt-res" for name in ("22", "70"))
+    assert load(first, "layers.3").identity == load(other, "layers.3").identity
+    assert load(other, "layers.3").expected_l0 == 70
+    (file,) = other.rglob("params.npz")
+    file.write_bytes(b"")
+    assert published_l0(FileCoderConfig(path=other), "layers.3") == 70
