@@ -39,7 +39,9 @@ def build_token_dataset_asset(study: Study) -> dg.AssetsDefinition:
                     "n_tokens_by_source": dataset.n_tokens_by_source(),
                     "corpus": corpus.about(),
                 }
-                stage.commit(place, Commit(write_dataset(stage.store, dataset), summary))
+                blobs = write_dataset(stage.store, dataset)
+                execution = {"subject_model": model.about()}
+                stage.commit(place, Commit(blobs, summary, execution=execution))
             yield from stage.report()
 
     return token_dataset

@@ -5,13 +5,16 @@ each place gets an ``AssetMaterialization`` of its own, the last word on it, wit
 as data version and, for every input, the version and event that were current.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import dagster as dg
 
 from autointerp_dagster.adapters.manifests import Manifest
 from autointerp_dagster.core.types import Cell, Place
 from autointerp_dagster.partitions import code_version, partition_key
+from autointerp_dagster.resources.corpora import Corpora
+from autointerp_dagster.resources.models import SubjectModels
 from autointerp_dagster.study import Study
 from autointerp_dagster.study.stages import Stage, inputs_at, upstream_of
 
@@ -20,6 +23,11 @@ _DATA_VERSION = "dagster/data_version"
 _USER_PROVIDED = "dagster/data_version_is_user_provided"
 _INPUT_VERSION = "dagster/input_data_version/"
 _INPUT_POINTER = "dagster/input_event_pointer/"
+_ABOUT: Mapping[str, Callable[[Study], Mapping[str, Any]]] = {
+    "subject_model": lambda study: SubjectModels().of(study).about(),
+    "corpus": lambda study: Corpora().of(study).about(),
+}
+"""What is shown of an external input, for people, as where it is observed by itself."""
 
 
 def asset_key(study: Study, stage: Stage) -> dg.AssetKey:
@@ -35,7 +43,10 @@ def observe(
     last = _latest(context.instance, stage, key, partition)
     if last is not None and last[0] == version:
         return
-    context.log_event(dg.AssetObservation(key, partition=partition, tags={_DATA_VERSION: version}))
+    about = _ABOUT[stage.name](study) if stage.name in _ABOUT else {}
+    context.log_event(
+        dg.AssetObservation(key, partition=partition, tags={_DATA_VERSION: version}, metadata=about)
+    )
 
 
 def report_place(

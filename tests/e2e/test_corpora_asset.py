@@ -97,6 +97,19 @@ def test_the_corpus_asset_shows_where_the_text_is_from(
     assert len(bench.instance.fetch_observations(key, limit=9).records) == 1  # the same version
 
 
+def test_a_run_says_whose_tokens_these_are_in_the_observation_and_the_manifest(
+    files: Bench,
+) -> None:
+    about = open_subject_model(files.study.models.subject).about()
+    assert {"source", "weights_sha256", "dtype"} <= set(about)
+    assert made(files).provenance.execution["subject_model"] == about
+    key = asset_key(files.study, STAGES["subject_model"])
+    (record,) = files.instance.fetch_observations(key, limit=9).records
+    assert record.asset_observation is not None
+    shown = record.asset_observation.metadata
+    assert {name: shown[name].value for name in about} == about
+
+
 def test_tokens_of_the_models_own_tokenizer_give_the_same_contexts(
     files: Bench, tmp_path: Path
 ) -> None:
