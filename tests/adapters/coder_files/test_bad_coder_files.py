@@ -1,5 +1,6 @@
 """What cannot be the coder that its files claim is one error: file, tensor, shapes, remedy."""
 
+import io
 import json
 import os
 import shutil
@@ -9,13 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from format_builders import arrays, load, write_json, write_npz, write_pt, write_safetensors
+from format_builders import (
+    arrays,
+    inputs,
+    load,
+    openai_state,
+    write_json,
+    write_npz,
+    write_pt,
+    write_safetensors,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from write_oracles import HERE
 
 from autointerp_dagster import load_sparse_coder
 from autointerp_dagster.adapters.coder_files import open_coder
+from autointerp_dagster.adapters.coder_files.checking import Wanted, checked_tensors
+from autointerp_dagster.adapters.coder_files.weights import read_weights
 from autointerp_dagster.core.config import FileCoderConfig
 from autointerp_dagster.core.errors import CoderError
 
@@ -128,8 +140,57 @@ def test_arrays_of_python_objects_are_not_unpickled(tmp_path: Path) -> None:
     root = tmp_path / "gemma-scope-2b-pt-res"
     file = root / "layer_3/width_16k/average_l0_70/params.npz"
     write_npz(file, {"W_enc": np.array([{"a": 1}], dtype=object)})
-    with pytest.raises(CoderError, match=r"params\.npz: unreadable \(Object arrays"):
+    with pytest.raises(CoderError, match=r"params\.npz: unreadable \(ValueError: Object arrays"):
         load(root, "layers.3")
+
+
+DAMAGED = {
+    "an interrupted download": b"",
+    "a page of a login": b"<!DOCTYPE html>",
+    "text": b"hello",
+    "a zip of something else": b"PK\x05\x06" + bytes(18),
+    "a pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n",
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+@pytest.mark.parametrize("suffix", [".pt", ".npz", ".safetensors"])
+def test_whatever_lies_in_place_of_a_file_is_one_error(
+    tmp_path: Path, suffix: str, what: str
+) -> None:
+    file = tmp_path / f"weights{suffix}"
+    file.write_bytes(DAMAGED[what])
+    with pytest.raises(CoderError, match=r"^the coder's: (unreadable|holds|missing)") as caught:
+        checked_tensors(read_weights(file, "the coder's"), Wanted({"W": ("a",)}), {})
+    assert ("git lfs pull" in str(caught.value)) == (what == "a pointer")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("at", [0.3, 0.5, 0.7, 0.9])
+def test_a_byte_that_is_wrong_is_no_crash(tmp_path: Path, at: float) -> None:
+    """Deflated, so that it is noticed; what is only stored has checksums or is its word."""
+    whole = io.BytesIO()
+    np.savez_compressed(whole, **arrays(0))
+    content = bytearray(whole.getvalue())
+    place = int(at * len(content))
+    content[place : place + 4] = bytes(255 - byte for byte in content[place : place + 4])
+    (tmp_path / "params.npz").write_bytes(content)
+    with pytest.raises(CoderError, match=r"unreadable \("):
+        read_weights(tmp_path / "params.npz", "params.npz")
+
+
+def test_parameters_are_read_as_the_tensors_that_they_are(tmp_path: Path) -> None:
+    state = openai_state(arrays(0), activation="ReLU")
+    trained = {
+        name: torch.nn.Parameter(torch.tensor(of)) if isinstance(of, np.ndarray) else of
+        for name, of in state.items()
+    }
+    write_pt(tmp_path / "state" / "3.pt", state)
+    write_pt(tmp_path / "parameters" / "3.pt", trained)
+    x = torch.from_numpy(inputs(1))
+    one, other = (load(tmp_path / name, "h.3", "gpt2") for name in ("state", "parameters"))
+    assert torch.equal(one.coder.encode(x).value, other.coder.encode(x).value)
+    assert one.identity == other.identity
 
 
 class Payload:
