@@ -166,16 +166,14 @@ def test_whatever_lies_in_place_of_a_file_is_one_error(
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("at", [0.3, 0.5, 0.7, 0.9])
-def test_a_byte_that_is_wrong_is_no_crash(tmp_path: Path, at: float) -> None:
-    """Deflated, so that it is noticed; what is only stored has checksums or is its word."""
+def test_bytes_that_cannot_be_inflated_are_no_crash(tmp_path: Path) -> None:
     whole = io.BytesIO()
-    np.savez_compressed(whole, **arrays(0))
+    np.savez_compressed(whole, W_enc=np.ones((30, 40), np.float32))
     content = bytearray(whole.getvalue())
-    place = int(at * len(content))
-    content[place : place + 4] = bytes(255 - byte for byte in content[place : place + 4])
+    first = content.index(b"W_enc.npy") + 24
+    content[first : first + 6] = bytes(255 - byte for byte in content[first : first + 6])
     (tmp_path / "params.npz").write_bytes(content)
-    with pytest.raises(CoderError, match=r"unreadable \("):
+    with pytest.raises(CoderError, match=r"unreadable \(error: Error -3 while decompressing"):
         read_weights(tmp_path / "params.npz", "params.npz")
 
 
