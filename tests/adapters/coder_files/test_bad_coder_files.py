@@ -273,6 +273,12 @@ def test_saelens_folding_and_scaling_are_noted(tmp_path: Path) -> None:
     assert "fold_ln, center_writing_weights" in loaded.notes[0]
     assert "taken as folded into the weights" in loaded.notes[1]
     assert load(HERE / "saelens" / "standard", "h.3", "gpt2").notes == ()
+    untold = load(HERE / "saelens" / "old_standard", "h.3", "gpt2")
+    assert "does not say how TransformerLens loaded the model" in untold.notes[0]
+    plain: dict[str, object] = {"model_from_pretrained_kwargs": {"center_writing_weights": False}}
+    told = sae_copy(tmp_path / "b", "old_standard", **plain)
+    assert load(told, "h.3", "gpt2").notes == ()
+    assert load(told, "h.3", "gpt2").identity == untold.identity
 
 
 def test_finetuned_scales_multiply_the_decoder_only_where_they_are_declared(tmp_path: Path) -> None:
