@@ -31,7 +31,7 @@ def build_token_dataset_asset(study: Study) -> dg.AssetsDefinition:
         }
         with store.stage(context, study, "token_dataset", external=external) as stage:
             for place in stage.pending():
-                dataset = corpora.tokens(study, model, study.tokens, progress.on(context))
+                dataset = corpora.tokens(corpus, model, study.tokens, progress.on(context))
                 summary = {
                     "n_tokens": len(dataset.tokens),
                     "n_contexts": dataset.contexts.height,

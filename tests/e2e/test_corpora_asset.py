@@ -14,6 +14,7 @@ from autointerp_dagster.adapters.manifests import Manifest
 from autointerp_dagster.adapters.subject_models import open_subject_model
 from autointerp_dagster.core.errors import CorpusError
 from autointerp_dagster.core.tokens import TokenDataset
+from autointerp_dagster.resources.corpora import Corpora
 from autointerp_dagster.resources.events import asset_key
 from autointerp_dagster.study.stages import STAGES
 
@@ -69,6 +70,24 @@ def test_a_commit_that_leaves_the_text_alone_makes_nothing_downstream_stale(
     assert after.summary["corpus"]["commit"] == commit
     assert after.input_fingerprint != before.input_fingerprint
     assert after.content_hash == before.content_hash
+
+
+def test_the_tokens_are_of_the_commit_that_is_recorded_though_the_branch_has_moved(
+    files: Bench, hub: HubServer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    text = (files.world / "corpus" / "texts.jsonl").read_text()
+    (folder / "train.jsonl").write_text(text)
+    hub.add(REPO, folder, kind="datasets")
+    study = with_corpus(files, tmp_path / "hub", **HUB).study
+    corpus, model = Corpora().of(study), open_subject_model(study.models.subject)
+    identity = corpus.identity()
+    (folder / "train.jsonl").write_text(text.replace("the", "another"))
+    hub.add(REPO, folder, kind="datasets")
+    found = Corpora().tokens(corpus, model, study.tokens)
+    assert np.array_equal(found.tokens, dataset_of(files).tokens)
+    assert Corpora().of(study).identity() != identity
 
 
 def test_what_is_made_needs_no_network(
