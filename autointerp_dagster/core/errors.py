@@ -29,7 +29,7 @@ class LLMError(AutoInterpError):
     """No language model answers where the study says one does."""
 
 
-def told(error: Exception) -> str:
+def told(error: BaseException) -> str:
     """Kind and first line of somebody else's error, for a message of one line; it may say nothing.
 
     Example: ``FileNotFoundError: no such file``.
