@@ -58,18 +58,18 @@ def open_files(config: FileCoderConfig) -> CoderFiles:
 
 def _open_path(path: Path) -> CoderFiles:
     if path.is_dir():
-        names = sorted(_names_below(path), key=natural_order)
-        if "cfg.json" in names and (path / _RUN_CONFIG).is_file():
-            names.append(_RUN_CONFIG)
-        return CoderFiles(str(path), tuple(names), partial(_existing, path))
-    if path.is_file():
+        folder, names = path, sorted(_names_below(path), key=natural_order)
+    elif path.is_file():
         folder = path.parent
-        beside = [name for name in _BESIDE if (folder / name).is_file()]
-        return CoderFiles(str(folder), (path.name, *beside), partial(_existing, folder))
-    raise CoderError(
-        f"coders {path}: no such folder or file. Correct the coder's path, or write repo: for a "
-        "repository of the hub."
-    )
+        names = [path.name, *(name for name in _BESIDE if (folder / name).is_file())]
+    else:
+        raise CoderError(
+            f"coders {path}: no such folder or file. Correct the coder's path, or write repo: for "
+            "a repository of the hub."
+        )
+    if "cfg.json" in names and (folder / _RUN_CONFIG).is_file():
+        names.append(_RUN_CONFIG)
+    return CoderFiles(str(folder), tuple(names), partial(_existing, folder))
 
 
 def _names_below(root: Path) -> Iterator[str]:

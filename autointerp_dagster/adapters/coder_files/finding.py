@@ -85,7 +85,7 @@ def find_coder(config: FileCoderConfig, hookpoint: str | None, model_type: Model
     reads = _hookpoint(hookpoint, model_type)
     if found.description.io != "out" and not reads.endswith((".input", ".normalized")):
         reads = f"{reads}.input"
-    shown = found.files.shown(found.name)
+    shown = found.files.shown(found.unit.weights)
     return found._replace(reads=reads, writes=_writes(shown, found.description, reads, model_type))
 
 
@@ -213,7 +213,7 @@ def _place(
     description = format_.describe(files, unit)
     reads, writes = description.reads, description.writes
     if config.reads is not None:
-        shown, layer = files.shown(unit.name), _layer_of(unit, description)
+        shown, layer = files.shown(unit.weights), _layer_of(unit, description)
         reads = _filled(config.reads, layer, shown)
         writes = None if config.writes is None else _filled(config.writes, layer, shown)
     elif unit.module is not None:  # trained on modules of these names
@@ -222,7 +222,7 @@ def _place(
     if writes is not None:
         writes = _hookpoint(writes, model_type)
     elif reads is not None:
-        writes = _writes(files.shown(unit.name), description, reads, model_type)
+        writes = _writes(files.shown(unit.weights), description, reads, model_type)
     return Found(files, unit, format_, description, reads, writes)
 
 

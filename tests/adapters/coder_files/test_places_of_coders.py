@@ -124,6 +124,15 @@ def test_the_study_s_word_counts_more_than_the_name_of_a_folder(tmp_path: Path) 
         assert moved.reads == f"layers.{layer}.mlp.up_proj"
 
 
+@pytest.mark.parametrize("path", ["", "layers.3.mlp", "layers.3.mlp/sae.safetensors"])
+def test_an_old_run_s_settings_count_however_its_coder_is_named(tmp_path: Path, path: str) -> None:
+    """Until February 2025 the run alone said that its coders were transcoders."""
+    write_sparsify(tmp_path / "layers.3.mlp", transcode=None)
+    write_json(tmp_path / "config.json", {"transcode": True})
+    loaded = load(tmp_path / path, "layers.3.mlp", "llama")
+    assert (loaded.reads, loaded.writes) == MLP
+
+
 def test_an_autoencoder_whose_settings_name_both_sides_is_none_that_goes_from_one_to_the_other(
     tmp_path: Path,
 ) -> None:
