@@ -35,6 +35,8 @@ FORMATS: tuple[Format, ...] = (
 ModelType = Callable[[], str] | None
 """The subject model's, asked for only if a name depends on it; null: names stay as they are."""
 
+_LAYER_IN_NAME = re.compile(r"(?:^|[/._-])(?:(?:layers?|blocks)[._]?|h[._])(\d+)")
+"""``h100`` is a machine, no layer."""
 _SHOWN = 20
 """Names in a message."""
 
@@ -285,7 +287,7 @@ def _may_be_at(unit: Unit, wanted: set[str]) -> bool:
     """
     if unit.module is not None:
         return unit.module in {name.removesuffix(".input") for name in wanted} | wanted
-    layers = [int(n) for n in re.findall(r"(?:^|[/._-])(?:layers?|blocks|h)[._]?(\d+)", unit.name)]
+    layers = [int(n) for n in re.findall(_LAYER_IN_NAME, unit.name)]
     numbers = [n for name in wanted for n in _numbers(name)]
     return not layers or not numbers or any(abs(a - b) <= 1 for a in layers for b in numbers)
 

@@ -124,6 +124,11 @@ def test_the_study_s_word_counts_more_than_the_name_of_a_folder(tmp_path: Path) 
         assert moved.reads == f"layers.{layer}.mlp.up_proj"
 
 
+def test_a_number_that_is_no_layer_s_hides_no_coder(tmp_path: Path) -> None:
+    write_dictionary(tmp_path / "pythia-h100-16x" / "trainer_0", "out")
+    assert load(tmp_path, "layers.3", "gpt_neox").reads == "layers.3"
+
+
 @pytest.mark.parametrize("path", ["", "layers.3.mlp", "layers.3.mlp/sae.safetensors"])
 def test_an_old_run_s_settings_count_however_its_coder_is_named(tmp_path: Path, path: str) -> None:
     """Until February 2025 the run alone said that its coders were transcoders."""
