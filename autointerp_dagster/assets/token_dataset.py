@@ -29,7 +29,8 @@ def build_token_dataset_asset(study: Study) -> dg.AssetsDefinition:
             "subject_model": lambda _: model.identity(),
             "corpus": lambda _: corpus.identity(),
         }
-        with store.stage(context, study, "token_dataset", external=external) as stage:
+        about = {"subject_model": model.about, "corpus": corpus.about}
+        with store.stage(context, study, "token_dataset", external=external, about=about) as stage:
             for place in stage.pending():
                 dataset = corpora.tokens(corpus, model, study.tokens, progress.on(context))
                 summary = {

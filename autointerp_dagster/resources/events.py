@@ -13,8 +13,6 @@ import dagster as dg
 from autointerp_dagster.adapters.manifests import Manifest
 from autointerp_dagster.core.types import Cell, Place
 from autointerp_dagster.partitions import code_version, partition_key
-from autointerp_dagster.resources.corpora import Corpora
-from autointerp_dagster.resources.models import SubjectModels
 from autointerp_dagster.study import Study
 from autointerp_dagster.study.stages import Stage, inputs_at, upstream_of
 
@@ -23,11 +21,9 @@ _DATA_VERSION = "dagster/data_version"
 _USER_PROVIDED = "dagster/data_version_is_user_provided"
 _INPUT_VERSION = "dagster/input_data_version/"
 _INPUT_POINTER = "dagster/input_event_pointer/"
-_ABOUT: Mapping[str, Callable[[Study], Mapping[str, Any]]] = {
-    "subject_model": lambda study: SubjectModels().of(study).about(),
-    "corpus": lambda study: Corpora().of(study).about(),
-}
-"""What is shown of an external input, for people, as where it is observed by itself."""
+
+About = Mapping[str, Callable[[], Mapping[str, Any]]]
+"""By external input: what is shown of it beside its version, for people."""
 
 
 def asset_key(study: Study, stage: Stage) -> dg.AssetKey:
@@ -36,16 +32,21 @@ def asset_key(study: Study, stage: Stage) -> dg.AssetKey:
 
 
 def observe(
-    context: dg.AssetExecutionContext, study: Study, stage: Stage, place: Place, version: str
+    context: dg.AssetExecutionContext,
+    study: Study,
+    stage: Stage,
+    place: Place,
+    version: str,
+    about: About,
 ) -> None:
     """Records the version of an external input, unless it is the one recorded last."""
     key, partition = asset_key(study, stage), partition_key(place)
     last = _latest(context.instance, stage, key, partition)
     if last is not None and last[0] == version:
         return
-    about = _ABOUT[stage.name](study) if stage.name in _ABOUT else {}
+    shown = about[stage.name]() if stage.name in about else {}
     context.log_event(
-        dg.AssetObservation(key, partition=partition, tags={_DATA_VERSION: version}, metadata=about)
+        dg.AssetObservation(key, partition=partition, tags={_DATA_VERSION: version}, metadata=shown)
     )
 
 

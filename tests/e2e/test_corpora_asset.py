@@ -127,6 +127,10 @@ def test_a_run_says_whose_tokens_these_are_in_the_observation_and_the_manifest(
     assert record.asset_observation is not None
     shown = record.asset_observation.metadata
     assert {name: shown[name].value for name in about} == about
+    key = asset_key(files.study, STAGES["corpus"])
+    (record,) = files.instance.fetch_observations(key, limit=9).records
+    assert record.asset_observation is not None
+    assert record.asset_observation.metadata["n_files"].value == 1
 
 
 def test_tokens_of_the_models_own_tokenizer_give_the_same_contexts(
