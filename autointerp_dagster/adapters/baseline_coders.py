@@ -67,6 +67,9 @@ class Materials:
     """Another coder of the study, by name, at the same layer."""
     coder_identity: Callable[[str], str]
     """The identity of that coder."""
+    published_l0: Callable[[str], float | None]
+    """Latents of that coder that fire on a token, on average, where its files say it beside what
+    its identity covers (a folder's name, settings that decide nothing else)."""
     dataset: Callable[[int], TokenDataset]
     """The study's first so many tokens, BOS not counted."""
     dataset_identity: Callable[[], str]
@@ -122,6 +125,7 @@ def baseline_identity(config: BaselineCoderConfig, hookpoint: str, materials: Ma
             return _hash(about, model.identity(), mlp_of(hookpoint, model.model_type))
         case RandomCoderConfig():
             del about["like"]  # by what it is, not by its name
+            about["k"] = config.k or _k_of(materials.published_l0(config.like))
             return _hash(about, materials.coder_identity(config.like))
         case PCACoderConfig():
             reads = translate(hookpoint, model.model_type)
@@ -221,9 +225,7 @@ def _rotation(seed: int, reads: str, width: int) -> Tensor:
 
 def _random(config: RandomCoderConfig, hookpoint: str, materials: Materials) -> _Made:
     like = materials.coder(config.like)
-    k = config.k
-    if k is None and like.expected_l0 is not None:
-        k = max(1, round(like.expected_l0))
+    k = config.k or _k_of(like.expected_l0)
     if k is None:
         raise CoderError(
             f"random coder at {hookpoint}: how many latents of {config.like!r} fire on a token was "
@@ -234,6 +236,10 @@ def _random(config: RandomCoderConfig, hookpoint: str, materials: Materials) -> 
     writes = writes_of(like.reads, materials.subject_model.model_type)
     about = f"{coder.num_latents} directions, {k} at once, as many as {config.like!r} has"
     return _Made(PlacedCoder(coder, like.reads, writes), f"{about}, {like.reads}", k)
+
+
+def _k_of(l0: float | None) -> int | None:
+    return None if l0 is None else max(1, round(l0))
 
 
 def _pca(config: PCACoderConfig, hookpoint: str, materials: Materials) -> _Made:

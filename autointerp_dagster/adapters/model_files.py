@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from autointerp_dagster.core.errors import ModelError
+from autointerp_dagster.core.errors import ModelError, told
 
 EMBEDDED = ("embedded:smollm2-135m-instruct", "embedded:all-minilm-l6-v2")
 """Models that install from PyPI, by the name that a study gives them."""
@@ -145,8 +145,8 @@ def _local_or_fetched(
     except (OSError, ValueError) as error:  # the hub's errors are children of these
         raise ModelError(
             f"model {source!r} (revision {revision or 'default'}): cannot be fetched from the hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name and the "
-            "network, log in for a gated model, unset HF_HUB_OFFLINE, or give a local folder."
+            f"({told(error)}). Check the name and the network, log in for a gated model, unset "
+            "HF_HUB_OFFLINE, or give a local folder."
         ) from error
     return Path(fetched)
 

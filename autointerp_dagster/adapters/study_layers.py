@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from autointerp_dagster.adapters.coder_files import discover_hookpoints
 from autointerp_dagster.adapters.hookpoints import expand, has_wildcard, is_foreign, translate
 from autointerp_dagster.adapters.subject_models import SubjectModel, open_subject_model
-from autointerp_dagster.core.config import FileCoderConfig
+from autointerp_dagster.core.config import FileCoderConfig, RandomCoderConfig
 from autointerp_dagster.core.errors import AutoInterpError, ModelError, StudyError
 from autointerp_dagster.study import Study
 
@@ -17,9 +17,10 @@ from autointerp_dagster.study import Study
 def with_plain_layers(study: Study) -> Study:
     """The same study with every layer written out as a module's path.
 
-    A pattern (``layers.*.mlp``) means, for a coder from files, the coders that lie there; for a
-    baseline (neurons, random, pca) the places that the study's coders from files have, so that all
-    are compared at the same ones, or, in a study without any, the model's modules. A
+    A pattern (``layers.*.mlp``) means, for a coder from files, the coders that lie there; for
+    random directions, the places of the coder that they are compared with; for neurons and
+    principal components, the places that the study's coders from files have, so that all are
+    compared at the same ones, or, where none of these matches, the model's modules. A
     TransformerLens name (``blocks.5.hook_resid_post``) or a path of the whole model
     (``model.layers.5.output``) becomes the hookpoint that it means in the subject model.
 
@@ -50,22 +51,28 @@ def _plain(study: Study, layer: str) -> list[str]:
     if not has_wildcard(name):
         return [f"{coder}{separator}{name}"]
     names = [coder] if separator else list(study.coders)
-    from_files = [name for name in names if isinstance(study.coders[name], FileCoderConfig)]
-    found = {each: _there(study, each, name, model) for each in from_files}
-    places = list(dict.fromkeys(place for there in found.values() for place in there))
-    if not from_files:
-        places = expand([name], model.hookpoints)
-    everywhere = not separator and all(found[each] == places for each in from_files)
-    if everywhere:
-        return places
-    return [f"{each}@{place}" for each in names for place in found.get(each, places)]
+    found = {each: _places(study, each, name, model) for each in names}
+    first = found[names[0]]
+    if not separator and all(places == first for places in found.values()):
+        return first
+    return [f"{each}@{place}" for each, places in found.items() for place in places]
 
 
-def _there(study: Study, coder: str, pattern: str, model: SubjectModel) -> list[str]:
-    """The hookpoints of a pattern at which a coder's files have one."""
+def _places(study: Study, coder: str, pattern: str, model: SubjectModel) -> list[str]:
+    """The hookpoints of a pattern at which the study has a coder."""
     config = study.coders[coder]
-    assert isinstance(config, FileCoderConfig)
+    if isinstance(config, RandomCoderConfig):
+        return _places(study, config.like, pattern, model)
+    if isinstance(config, FileCoderConfig):
+        try:
+            return expand([pattern], discover_hookpoints(config, lambda: model.model_type))
+        except ModelError as error:
+            raise StudyError(f"coders.{coder}: {error}") from error
+    from_files = [of for of in study.coders.values() if isinstance(of, FileCoderConfig)]
+    lying = {
+        place for of in from_files for place in discover_hookpoints(of, lambda: model.model_type)
+    }
     try:
-        return expand([pattern], discover_hookpoints(config, lambda: model.model_type))
-    except ModelError as error:
-        raise StudyError(f"coders.{coder}: {error}") from error
+        return expand([pattern], sorted(lying))
+    except ModelError:  # neurons are there all the same
+        return expand([pattern], model.hookpoints)

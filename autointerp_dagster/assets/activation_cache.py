@@ -30,7 +30,10 @@ def build_activation_cache(study: Study) -> dg.AssetsDefinition:
             "subject_model": lambda _: model.identity(),
             "sparse_coders": lambda layer: coders.identity(study, layer),
         }
-        with store.stage(context, study, "activation_cache", external=external) as stage:
+        about = {"subject_model": model.about}
+        with store.stage(
+            context, study, "activation_cache", external=external, about=about
+        ) as stage:
             layers = sorted({cell.layer for cell in stage.pending_cells()})
             if layers:  # what comes next is dear: what would fail after it had better fail now
                 check_study(study, stages_of_run(context, study))

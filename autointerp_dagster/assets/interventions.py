@@ -29,7 +29,8 @@ def build_interventions(study: Study) -> dg.AssetsDefinition:
             "subject_model": lambda _: subject.identity(),
             "sparse_coders": lambda layer: coders.identity(study, layer),
         }
-        with store.stage(context, study, "interventions", external=external) as stage:
+        about = {"subject_model": subject.about}
+        with store.stage(context, study, "interventions", external=external, about=about) as stage:
             intervening = Intervening(
                 stage=stage,
                 study=study,

@@ -29,9 +29,10 @@ def build_token_dataset_asset(study: Study) -> dg.AssetsDefinition:
             "subject_model": lambda _: model.identity(),
             "corpus": lambda _: corpus.identity(),
         }
-        with store.stage(context, study, "token_dataset", external=external) as stage:
+        about = {"subject_model": model.about, "corpus": corpus.about}
+        with store.stage(context, study, "token_dataset", external=external, about=about) as stage:
             for place in stage.pending():
-                dataset = corpora.tokens(study, model, study.tokens, progress.on(context))
+                dataset = corpora.tokens(corpus, model, study.tokens, progress.on(context))
                 summary = {
                     "n_tokens": len(dataset.tokens),
                     "n_contexts": dataset.contexts.height,
@@ -39,7 +40,9 @@ def build_token_dataset_asset(study: Study) -> dg.AssetsDefinition:
                     "n_tokens_by_source": dataset.n_tokens_by_source(),
                     "corpus": corpus.about(),
                 }
-                stage.commit(place, Commit(write_dataset(stage.store, dataset), summary))
+                blobs = write_dataset(stage.store, dataset)
+                execution = {"subject_model": model.about()}
+                stage.commit(place, Commit(blobs, summary, execution=execution))
             yield from stage.report()
 
     return token_dataset

@@ -27,3 +27,12 @@ class StoreError(AutoInterpError):
 
 class LLMError(AutoInterpError):
     """No language model answers where the study says one does."""
+
+
+def told(error: BaseException) -> str:
+    """Kind and first line of somebody else's error, for a message of one line; it may say nothing.
+
+    Example: ``FileNotFoundError: no such file``.
+    """
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *lines[:1]])

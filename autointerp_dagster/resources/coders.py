@@ -1,6 +1,7 @@
 """Sparse coders by the study and layer that name them."""
 
 from collections.abc import Callable
+from functools import cache
 
 import dagster as dg
 
@@ -9,7 +10,13 @@ from autointerp_dagster.adapters.baseline_coders import (
     baseline_identity,
     open_baseline,
 )
-from autointerp_dagster.adapters.coder_files import LoadedCoder, coder_identity, open_coder
+from autointerp_dagster.adapters.coder_files import (
+    LoadedCoder,
+    coder_identity,
+    open_coder,
+    published_l0,
+)
+from autointerp_dagster.adapters.corpora import Corpus
 from autointerp_dagster.adapters.hashing import json_hash
 from autointerp_dagster.core.config import FileCoderConfig
 from autointerp_dagster.core.llm import JournalBlock
@@ -62,9 +69,19 @@ class Coders(dg.ConfigurableResource):
         def beside(coder: str) -> LayerKey:
             return LayerKey(coder, layer.hookpoint)
 
+        def l0_of(coder: str) -> float | None:
+            config = study.coders[coder]
+            if not isinstance(config, FileCoderConfig):
+                return None  # it follows from what the baseline is
+            return published_l0(config, layer.hookpoint, _model_type_of(study))
+
+        @cache
+        def corpus() -> Corpus:
+            return Corpora().of(study)
+
         def dataset(n_tokens: int) -> TokenDataset:
             config = study.tokens.model_copy(update={"n_tokens": n_tokens})
-            return Corpora().tokens(study, model, config)
+            return Corpora().tokens(corpus(), model, config)
 
         model, cut = SubjectModels().of(study), study.tokens.identity()
         del cut["n_tokens"]
@@ -72,8 +89,9 @@ class Coders(dg.ConfigurableResource):
             subject_model=model,
             coder=lambda name: self.of(study, beside(name)),
             coder_identity=lambda name: self.identity(study, beside(name)),
+            published_l0=l0_of,
             dataset=dataset,
-            dataset_identity=lambda: json_hash([Corpora().of(study).identity(), cut]),
+            dataset_identity=lambda: json_hash([corpus().identity(), cut]),
         )
 
 

@@ -23,12 +23,13 @@ class Corpora(dg.ConfigurableResource):
         return open_corpus(study.corpus)
 
     def tokens(
-        self, study: Study, model: SubjectModel, config: TokenConfig, progress: Progress = silent
+        self, corpus: Corpus, model: SubjectModel, config: TokenConfig, progress: Progress = silent
     ) -> TokenDataset:
-        """The study's corpus as contexts of tokens; it is read no further than needed.
+        """A corpus as contexts of tokens; it is read no further than needed.
 
         Args:
-            study: Names the corpus.
+            corpus: The one whose identity is recorded: of a branch of the hub another one, made
+                later, may be of a later commit.
             model: Whose tokenizer cuts the text.
             config: How many tokens, in contexts of what length.
             progress: Shows how many tokens there are so far.
@@ -36,5 +37,5 @@ class Corpora(dg.ConfigurableResource):
         Raises:
             CorpusError: If the corpus cannot be read, or holds no context.
         """
-        documents = known_tokens(self.of(study).documents(), vocabulary_size(model.tokenizer))
+        documents = known_tokens(corpus.documents(), vocabulary_size(model.tokenizer))
         return build_token_dataset(documents, model.encode, model.bos_id, config, progress)

@@ -5,7 +5,8 @@ each place gets an ``AssetMaterialization`` of its own, the last word on it, wit
 as data version and, for every input, the version and event that were current.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import dagster as dg
 
@@ -21,6 +22,9 @@ _USER_PROVIDED = "dagster/data_version_is_user_provided"
 _INPUT_VERSION = "dagster/input_data_version/"
 _INPUT_POINTER = "dagster/input_event_pointer/"
 
+About = Mapping[str, Callable[[], Mapping[str, Any]]]
+"""By external input: what is shown of it beside its version, for people."""
+
 
 def asset_key(study: Study, stage: Stage) -> dg.AssetKey:
     """The key of a stage's asset in a study."""
@@ -28,14 +32,22 @@ def asset_key(study: Study, stage: Stage) -> dg.AssetKey:
 
 
 def observe(
-    context: dg.AssetExecutionContext, study: Study, stage: Stage, place: Place, version: str
+    context: dg.AssetExecutionContext,
+    study: Study,
+    stage: Stage,
+    place: Place,
+    version: str,
+    about: About,
 ) -> None:
     """Records the version of an external input, unless it is the one recorded last."""
     key, partition = asset_key(study, stage), partition_key(place)
     last = _latest(context.instance, stage, key, partition)
     if last is not None and last[0] == version:
         return
-    context.log_event(dg.AssetObservation(key, partition=partition, tags={_DATA_VERSION: version}))
+    shown = about[stage.name]() if stage.name in about else {}
+    context.log_event(
+        dg.AssetObservation(key, partition=partition, tags={_DATA_VERSION: version}, metadata=shown)
+    )
 
 
 def report_place(

@@ -7,8 +7,10 @@ import dagster as dg
 
 from autointerp_dagster.adapters.coder_files import check_fits
 from autointerp_dagster.adapters.llm import open_backend
+from autointerp_dagster.adapters.subject_models import SubjectModel
 from autointerp_dagster.core.config import LLMConfig
 from autointerp_dagster.core.errors import LLMError, StudyError
+from autointerp_dagster.core.hooks import edited
 from autointerp_dagster.resources.coders import Coders
 from autointerp_dagster.resources.corpora import Corpora
 from autointerp_dagster.resources.embedders import Embedders
@@ -58,6 +60,8 @@ def check_study(study: Study, stages: Collection[str]) -> None:
     for layer in study.layer_keys:
         loaded = Coders().of(study, layer)
         check_fits(loaded, model, layer, study.max_num_latents)
+        if "interventions" in stages:
+            _check_steerable(model, loaded.writes)
         listed = study.latents if isinstance(study.latents, tuple) else ()
         beyond = [latent for latent in listed if latent >= loaded.coder.num_latents]
         if beyond:
@@ -65,6 +69,12 @@ def check_study(study: Study, stages: Collection[str]) -> None:
                 f"study {study.name}: latents: {beyond[0]} is not a latent of {layer}, whose coder "
                 f"has {loaded.coder.num_latents}. Remove it from the list."
             )
+
+
+def _check_steerable(model: SubjectModel, hookpoint: str) -> None:
+    """Raises what steering would raise after the forward pass."""
+    with edited(model.base_model, hookpoint, lambda hidden: hidden):
+        pass
 
 
 def _check_llm(study: Study, config: LLMConfig) -> None:

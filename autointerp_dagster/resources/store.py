@@ -20,7 +20,7 @@ from autointerp_dagster.adapters.manifests import Blob, Manifest, Provenance, co
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.core.types import Cell, LayerKey, Place
 from autointerp_dagster.partitions import place_of
-from autointerp_dagster.resources.events import observe, report_place
+from autointerp_dagster.resources.events import About, observe, report_place
 from autointerp_dagster.resources.stage_inputs import OUTSIDE_CODER, External, StageInputs
 from autointerp_dagster.resources.versions import code_revision, library_versions
 from autointerp_dagster.study import Study
@@ -65,6 +65,7 @@ class StoreResource(dg.ConfigurableResource):
         *,
         models: Mapping[str, Any] | None = None,
         external: External | None = None,
+        about: About | None = None,
     ) -> "StageRun":
         """This run of one stage.
 
@@ -74,10 +75,12 @@ class StoreResource(dg.ConfigurableResource):
             name: The stage.
             models: Identities of the models that the stage asks; JSON-ready.
             external: The present version of each external input.
+            about: What is shown of external inputs where Dagster is told of a new version.
         """
         stage = STAGES[name]
         parameters = {**parameters_of(study, name), **(models or {})}
-        return StageRun(context, self.of(study), study, stage, parameters, external or {})
+        where = (context, self.of(study), study, stage)
+        return StageRun(*where, parameters, external or {}, about or {})
 
 
 class StageRun(StageInputs):
@@ -91,9 +94,10 @@ class StageRun(StageInputs):
         stage: Stage,
         parameters: dict[str, Any],
         external: External,
+        about: About,
     ) -> None:
         super().__init__(store, study, stage, parameters, external)
-        self._context = context
+        self._context, self._about = context, about
         self._done: dict[Place, tuple[Manifest, Mapping[str, dg.MetadataValue]]] = {}
         self._started = self._entered = time.time()
 
@@ -186,7 +190,7 @@ class StageRun(StageInputs):
     def external_version(self, stage: Stage, source: Place) -> str:
         """The version that an external input has now; Dagster is told of it."""
         version = super().external_version(stage, source)
-        observe(self._context, self.study, stage, source, version)
+        observe(self._context, self.study, stage, source, version, self._about)
         return version
 
     def report(self) -> Iterator[dg.MaterializeResult]:

@@ -108,6 +108,7 @@ def materials_of(model: SubjectModel, like: LoadedCoder | None = None) -> Materi
         subject_model=model,
         coder=nothing if like is None else lambda name: like,
         coder_identity=nothing if like is None else lambda name: like.identity,
+        published_l0=nothing if like is None else lambda name: like.expected_l0,
         dataset=lambda n: dataset_of(model, n),
         dataset_identity=lambda: "the corpus in contexts of 20",
     )
@@ -428,6 +429,11 @@ def test_an_identity_depends_on_what_the_coder_is_made_of_and_on_nothing_else(
     assert identity(pca, dataset_identity=lambda: "another") != identity(pca)
     assert identity(neurons, dataset_identity=lambda: "another") == identity(neurons)
     assert identity(random, coder_identity=lambda name: "other") != identity(random)
+    # What is published of the coder beside what it is decides how many directions fire.
+    assert identity(random, published_l0=lambda name: 7.0) != identity(random)
+    assert identity(random, published_l0=lambda name: 3.9) == identity(random)  # 4 of either
+    told = random.model_copy(update={"k": 4})
+    assert identity(told, published_l0=nothing) == identity(random)
     assert identity(pca, "layers.2") != identity(pca)
     # Any hookpoint of a layer names its MLP, and a name does not make a coder another.
     assert identity(neurons, "layers.1.mlp") == identity(neurons)

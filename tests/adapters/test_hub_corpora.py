@@ -399,6 +399,7 @@ def test_a_damaged_file_is_named(dataset: Dataset) -> None:
         ({"en/a.txt": "a"}, {"name": "de"}, r"folders en, wanted 'de'. Set corpus\.name"),
         ({"en/a.csv": "a"}, {"name": "en"}, "no files that can be read"),
         ({"README.md": "---\n[1\n---\n", "a.txt": "a"}, {}, "the card's YAML cannot be read"),
+        ({"README.md": "---\n- a\n---\n", "a.txt": "a"}, {}, r"cannot be read \(ValueError: repo"),
     ],
 )  # fmt: skip
 def test_files_that_cannot_be_meant_are_named(

@@ -88,3 +88,27 @@ def test_more_layers_than_dagster_tracks_are_refused(study) -> None:
 def test_a_path_of_the_whole_model_counts_from_the_base_model(study) -> None:
     made = study("[model.layers.1.output, 'model.layers.*.mlp']", ("layers.0.mlp", "layers.2.mlp"))
     assert with_plain_layers(made).layers == ("layers.1", "layers.0.mlp", "layers.2.mlp")
+
+
+BASELINES = """\
+  random: {format: random, like: sae, k: 2}
+  neurons: {format: neurons, k: 2}
+"""
+
+
+def test_baselines_stand_where_the_study_s_coders_do(study) -> None:
+    lying = ("layers.1", "layers.2")
+    together = study("['layers.*']", lying, BASELINES)
+    assert with_plain_layers(together).layers == lying
+    each = study("['random@layers.*', 'sae@layers.*', 'neurons@layers.*']", lying, BASELINES)
+    assert with_plain_layers(each).layers == tuple(
+        f"{coder}@{place}" for coder in ("random", "sae", "neurons") for place in lying
+    )
+
+
+def test_neurons_stand_also_where_no_coder_of_the_study_does(study) -> None:
+    made = study("['neurons@layers.*.mlp']", ("layers.1",), BASELINES)
+    layers = with_plain_layers(made).layers
+    assert layers[:2] == ("neurons@layers.0.mlp", "neurons@layers.1.mlp")
+    with pytest.raises(StudyError, match=r"layers: coders\.sae: .*matches nothing"):
+        with_plain_layers(study("['random@layers.*.mlp']", ("layers.1",), BASELINES))

@@ -225,9 +225,10 @@ def test_an_array_that_holds_no_tokens_is_refused(
         rows_of(corpus_of(tmp_path))
 
 
+@pytest.mark.parametrize("content", [b"\x93NUMPY no", b""])
 @pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".parquet"])
-def test_a_damaged_file_is_named(tmp_path: Path, suffix: str) -> None:
-    (tmp_path / f"x{suffix}").write_bytes(b"\x93NUMPY no")
+def test_a_damaged_file_is_named(tmp_path: Path, suffix: str, content: bytes) -> None:
+    (tmp_path / f"x{suffix}").write_bytes(content)
     with pytest.raises(CorpusError, match=rf"x\{suffix}: cannot be read as"):
         rows_of(corpus_of(tmp_path))
 

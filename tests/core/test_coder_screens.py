@@ -244,3 +244,17 @@ def test_a_few_loud_latents_do_not_widen_the_bound_of_the_others(
     coder = LinearCoder(loud, bias, loud, torch.zeros(64), activation, computing=computing)
     assert torch.equal(dense(coder, x), exhaustive(coder, x))
     assert set(coder.encode(-x).latent.tolist()) >= {7, 9}
+
+
+@BOTH
+def test_few_latents_may_all_be_loud(computing: Computing) -> None:
+    """By its weights or by its bias each is much larger than the smallest of the others."""
+    weight = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 5.0]])
+    coder = LinearCoder(
+        weight, torch.tensor([3.0, 0.0, 0.0]), weight, torch.zeros(2), ReLU(), computing=computing
+    )
+    x = randn(20, 2)
+    found = coder.encode(x)
+    dense = torch.zeros(20, 3)
+    dense[found.token, found.latent] = found.value
+    assert torch.equal(dense, coder.encode_dense(x))

@@ -14,6 +14,7 @@ from autointerp_dagster.adapters.manifests import Manifest
 from autointerp_dagster.adapters.subject_models import open_subject_model
 from autointerp_dagster.core.errors import CorpusError
 from autointerp_dagster.core.tokens import TokenDataset
+from autointerp_dagster.resources.corpora import Corpora
 from autointerp_dagster.resources.events import asset_key
 from autointerp_dagster.study.stages import STAGES
 
@@ -71,6 +72,24 @@ def test_a_commit_that_leaves_the_text_alone_makes_nothing_downstream_stale(
     assert after.content_hash == before.content_hash
 
 
+def test_the_tokens_are_of_the_commit_that_is_recorded_though_the_branch_has_moved(
+    files: Bench, hub: HubServer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    text = (files.world / "corpus" / "texts.jsonl").read_text()
+    (folder / "train.jsonl").write_text(text)
+    hub.add(REPO, folder, kind="datasets")
+    study = with_corpus(files, tmp_path / "hub", **HUB).study
+    corpus, model = Corpora().of(study), open_subject_model(study.models.subject)
+    identity = corpus.identity()
+    (folder / "train.jsonl").write_text(text.replace("the", "another"))
+    hub.add(REPO, folder, kind="datasets")
+    found = Corpora().tokens(corpus, model, study.tokens)
+    assert np.array_equal(found.tokens, dataset_of(files).tokens)
+    assert Corpora().of(study).identity() != identity
+
+
 def test_what_is_made_needs_no_network(
     files: Bench, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +114,23 @@ def test_the_corpus_asset_shows_where_the_text_is_from(
     assert metadata["commit"].value == commit
     made(bench)
     assert len(bench.instance.fetch_observations(key, limit=9).records) == 1  # the same version
+
+
+def test_a_run_says_whose_tokens_these_are_in_the_observation_and_the_manifest(
+    files: Bench,
+) -> None:
+    about = open_subject_model(files.study.models.subject).about()
+    assert {"source", "weights_sha256", "dtype"} <= set(about)
+    assert made(files).provenance.execution["subject_model"] == about
+    key = asset_key(files.study, STAGES["subject_model"])
+    (record,) = files.instance.fetch_observations(key, limit=9).records
+    assert record.asset_observation is not None
+    shown = record.asset_observation.metadata
+    assert {name: shown[name].value for name in about} == about
+    key = asset_key(files.study, STAGES["corpus"])
+    (record,) = files.instance.fetch_observations(key, limit=9).records
+    assert record.asset_observation is not None
+    assert record.asset_observation.metadata["n_files"].value == 1
 
 
 def test_tokens_of_the_models_own_tokenizer_give_the_same_contexts(

@@ -199,3 +199,17 @@ def test_nothing_is_made_of_a_study_that_does_not_fit(
         bench.run()
     assert not (tmp_path / "store").exists()
     assert bench.heads() == {}
+
+
+def test_a_coder_that_cannot_be_steered_is_refused_before_the_forward_pass(
+    world: Path, server: FakeLLMServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random directions beside a transcoder that reads a norm write where they read."""
+    monkeypatch.setenv("AUTOINTERP_CACHE", str(tmp_path / "cache"))
+    study = study_of(
+        tmp_path, world, server, layers=["pca@h.0.ln_1.normalized"],
+        coders={"pca": {"format": "pca", "k": 2, "num_components": 3, "n_tokens": 200}},
+    )  # fmt: skip
+    check_study(study, ["activation_cache"])
+    with pytest.raises(ModelError, match=r"'h\.0\.ln_1\.normalized': cannot be changed"):
+        check_study(study, ["activation_cache", "interventions"])

@@ -11,6 +11,7 @@ from autointerp_dagster.adapters.coder_files.opening import (
     coder_identity,
     discover_hookpoints,
     open_coder,
+    published_l0,
 )
 from autointerp_dagster.adapters.coder_files.public import load_sparse_coder
 
@@ -22,4 +23,5 @@ __all__ = [
     "discover_hookpoints",
     "load_sparse_coder",
     "open_coder",
+    "published_l0",
 ]

@@ -95,7 +95,7 @@ def _describe(files: CoderFiles, unit: Unit) -> Description:
         settings={"activation": config.activation, "k": config.k},
         reads=reads,
         writes=writes,
-        reads_input=True,
+        io="in_and_out",
         layer=layer,
     )
 

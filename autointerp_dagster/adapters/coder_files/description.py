@@ -2,11 +2,15 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from autointerp_dagster.adapters.coder_files.files import CoderFiles
 from autointerp_dagster.adapters.coder_files.weights import Weights
 from autointerp_dagster.core.sparse_coders import LinearCoder
+
+IO = Literal["out", "in", "in_and_out"]
+"""What of a module a coder was trained on: its output, its input, or the way from one to the other.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +42,19 @@ class Description:
     do not say."""
     writes: str | None = None
     """Hookpoint that decoder rows are added to; null: ``reads``."""
-    reads_input: bool = False
-    """Whether it reads the input of the module that it writes to, wherever that is."""
+    io: IO = "out"
+    """Of its module, wherever that is."""
     layer: int | None = None
     """Layer of the subject model that the names say, whatever else is known."""
     expected_l0: float | None = None
     """Latents that fire on a token, on average, as published."""
     notes: Sequence[str] = ()
     """Warnings for whoever uses the coder."""
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it was trained to give another vector than it reads."""
+        return self.io == "in_and_out" or self.writes not in (None, self.reads)
 
 
 class Format(NamedTuple):

@@ -22,6 +22,7 @@ from autointerp_dagster.adapters.coder_files.checking import (
     unknown_choice,
 )
 from autointerp_dagster.adapters.coder_files.description import (
+    IO,
     Description,
     Format,
     Unit,
@@ -122,7 +123,7 @@ class _Trainer(BaseModel):
 class _Buffer(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
-    io: str = "out"
+    io: IO = "out"
 
 
 class _Config(BaseModel):
@@ -157,13 +158,12 @@ def _describe(files: CoderFiles, unit: Unit) -> Description:
     if trainer.dict_class not in _KINDS:
         raise unknown_choice(file, "trainer.dict_class", trainer.dict_class, tuple(_KINDS))
     site = _site(trainer.submodule_name or "", files.shown(unit.name))
-    is_transcoder = config.buffer.io == "in_and_out"
     layer = trainer.layer if isinstance(trainer.layer, int) else None
     return Description(
         build=partial(_build, trainer),
         settings=trainer.model_dump(include={"dict_class", "activation_dim", "dict_size", "k"}),
-        reads=None if is_transcoder or config.buffer.io == "in" else site,
-        reads_input=is_transcoder,
+        reads=site if config.buffer.io == "out" else None,
+        io=config.buffer.io,
         layer=layer,
         expected_l0=trainer.k,
     )

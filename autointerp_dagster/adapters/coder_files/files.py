@@ -13,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineMo
 
 from autointerp_dagster.adapters.hookpoints import natural_order
 from autointerp_dagster.core.config import FileCoderConfig
-from autointerp_dagster.core.errors import CoderError
+from autointerp_dagster.core.errors import CoderError, told
 
 _MAX_DEPTH = 8
 """Folders below a coder's path that are looked into."""
@@ -58,18 +58,18 @@ def open_files(config: FileCoderConfig) -> CoderFiles:
 
 def _open_path(path: Path) -> CoderFiles:
     if path.is_dir():
-        names = sorted(_names_below(path), key=natural_order)
-        if "cfg.json" in names and (path / _RUN_CONFIG).is_file():
-            names.append(_RUN_CONFIG)
-        return CoderFiles(str(path), tuple(names), partial(_existing, path))
-    if path.is_file():
+        folder, names = path, sorted(_names_below(path), key=natural_order)
+    elif path.is_file():
         folder = path.parent
-        beside = [name for name in _BESIDE if (folder / name).is_file()]
-        return CoderFiles(str(folder), (path.name, *beside), partial(_existing, folder))
-    raise CoderError(
-        f"coders {path}: no such folder or file. Correct the coder's path, or write repo: for a "
-        "repository of the hub."
-    )
+        names = [path.name, *(name for name in _BESIDE if (folder / name).is_file())]
+    else:
+        raise CoderError(
+            f"coders {path}: no such folder or file. Correct the coder's path, or write repo: for "
+            "a repository of the hub."
+        )
+    if "cfg.json" in names and (folder / _RUN_CONFIG).is_file():
+        names.append(_RUN_CONFIG)
+    return CoderFiles(str(folder), tuple(names), partial(_existing, folder))
 
 
 def _names_below(root: Path) -> Iterator[str]:
@@ -114,7 +114,7 @@ def _fetch(repo: str, commit: str, name: str) -> Path:
         return Path(hf_hub_download(repo, name, revision=commit))
     except (OSError, ValueError, EntryNotFoundError, httpx2.HTTPError) as error:
         raise CoderError(
-            f"{repo}@{commit}/{name}: cannot be fetched ({_said(error)}). Check the network, log "
+            f"{repo}@{commit}/{name}: cannot be fetched ({told(error)}). Check the network, log "
             "in for a gated repository, unset HF_HUB_OFFLINE, or give a local folder as path."
         ) from error
 
@@ -122,12 +122,7 @@ def _fetch(repo: str, commit: str, name: str) -> Path:
 def _unreachable(repo: str, revision: str | None, error: Exception) -> CoderError:
     return CoderError(
         f"coders {repo} (revision {revision or 'default'}): the hub's repository cannot be read "
-        f"({_said(error)}), and its cache does not hold it. Check repo and revision and the "
+        f"({told(error)}), and its cache does not hold it. Check repo and revision and the "
         "network, log in for a gated repository, unset HF_HUB_OFFLINE, or give a local folder as "
         "path."
     )
-
-
-def _said(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

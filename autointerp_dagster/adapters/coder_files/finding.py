@@ -35,6 +35,8 @@ FORMATS: tuple[Format, ...] = (
 ModelType = Callable[[], str] | None
 """The subject model's, asked for only if a name depends on it; null: names stay as they are."""
 
+_LAYER_IN_NAME = re.compile(r"(?:^|[/._-])(?:(?:layers?|blocks)[._]?|h[._])(\d+)")
+"""``h100`` is a machine, no layer."""
 _SHOWN = 20
 """Names in a message."""
 
@@ -50,11 +52,6 @@ class Found(NamedTuple):
     """Hookpoint that is encoded; null: nobody says."""
     writes: str | None
     """Hookpoint that decoder rows are added to; null: nobody says."""
-
-    @property
-    def is_transcoder(self) -> bool:
-        """Whether it was trained to give another vector than it reads."""
-        return self.description.reads_input or self.description.writes is not None
 
     @property
     def hookpoint(self) -> str:
@@ -80,15 +77,18 @@ def find_coder(config: FileCoderConfig, hookpoint: str | None, model_type: Model
         With its place; where neither files nor study say it, the study's layer is.
 
     Raises:
-        CoderError: If there is none, or more than one; lists what is there.
+        CoderError: If there is none, or more than one (lists what is there), or nobody says where
+            a transcoder writes.
         ModelError: If a name in the files is not known for the subject model.
     """
     found = _find(config, hookpoint, model_type)
     if found.reads is not None or hookpoint is None:
         return found
-    module = _hookpoint(hookpoint, model_type)
-    reads = f"{module}.input" if found.description.reads_input else module
-    return found._replace(reads=reads, writes=module)
+    reads = _hookpoint(hookpoint, model_type)
+    if found.description.io != "out" and not reads.endswith((".input", ".normalized")):
+        reads = f"{reads}.input"
+    shown = found.files.shown(found.unit.weights)
+    return found._replace(reads=reads, writes=_writes(shown, found.description, reads, model_type))
 
 
 def hookpoints_of(config: FileCoderConfig, model_type: ModelType) -> list[str]:
@@ -119,7 +119,8 @@ def _find(config: FileCoderConfig, hookpoint: str | None, model_type: ModelType)
     if named:
         return _only(files, config, named, model_type, hookpoint)
     wanted = {hookpoint, _hookpoint(hookpoint, model_type)}
-    near = [item for item in _finished(units) if _may_be_at(item[1], wanted)]
+    is_told = config.reads is not None  # then no folder's name says where it is
+    near = [item for item in _finished(units) if is_told or _may_be_at(item[1], wanted)]
     placed, refused = _placed(files, config, near, model_type)
     matching = [found for found in placed if _is_at(found, hookpoint, wanted)]
     if matching:
@@ -214,23 +215,55 @@ def _place(
     description = format_.describe(files, unit)
     reads, writes = description.reads, description.writes
     if config.reads is not None:
-        reads, writes = config.reads, config.writes
-        if "{layer}" in f"{reads}{writes}" and description.layer is None:
-            raise CoderError(
-                f"{files.shown(unit.name)}: its layer is not known, and the study says reads "
-                f"{config.reads!r}. Write the layer's number in the study, for one coder at a time."
-            )
-        layer = str(description.layer)
-        reads = reads.replace("{layer}", layer)
-        writes = None if writes is None else writes.replace("{layer}", layer)
+        shown, layer = files.shown(unit.weights), _layer_of(unit, description)
+        reads = _filled(config.reads, layer, shown)
+        writes = None if config.writes is None else _filled(config.writes, layer, shown)
     elif unit.module is not None:  # trained on modules of these names
         return Found(files, unit, format_, description, reads, writes)
     reads = None if reads is None else _hookpoint(reads, model_type)
     if writes is not None:
         writes = _hookpoint(writes, model_type)
-    elif reads is not None and model_type is not None:
-        writes = writes_of(reads, model_type())
+    elif reads is not None:
+        writes = _writes(files.shown(unit.weights), description, reads, model_type)
     return Found(files, unit, format_, description, reads, writes)
+
+
+def _filled(name: str, layer: int | None, shown: str) -> str:
+    """A hookpoint of the study with the layer's number in it."""
+    if "{layer}" not in name:
+        return name
+    if layer is None:
+        raise CoderError(
+            f"{shown}: its layer is not known, and the study says {name!r}. Write the layer's "
+            "number in the study, for one coder at a time."
+        )
+    return name.replace("{layer}", str(layer))
+
+
+def _layer_of(unit: Unit, description: Description) -> int | None:
+    """The layer that the files name in any way."""
+    if description.layer is not None:
+        return description.layer
+    return next(iter(_numbers(unit.module or description.reads or "")), None)
+
+
+def _writes(shown: str, description: Description, reads: str, model_type: ModelType) -> str | None:
+    """Where a coder writes that the study does not say; null: where it reads.
+
+    Raises:
+        CoderError: If it is a transcoder whose files do not say it either.
+        ModelError: If its files name a place that the subject model does not have.
+    """
+    if not description.is_transcoder:
+        return None if model_type is None else writes_of(reads, model_type())
+    if description.writes is not None:
+        return _hookpoint(description.writes, model_type)
+    if reads.endswith(".input"):
+        return reads.removesuffix(".input")
+    raise CoderError(
+        f"{shown}: a transcoder that reads {reads!r}, and nobody says where it writes. In the "
+        "study, write reads and writes, e.g. reads: layers.9.mlp.input, writes: layers.9.mlp."
+    )
 
 
 def _hookpoint(name: str, model_type: ModelType) -> str:
@@ -254,7 +287,7 @@ def _may_be_at(unit: Unit, wanted: set[str]) -> bool:
     """
     if unit.module is not None:
         return unit.module in {name.removesuffix(".input") for name in wanted} | wanted
-    layers = [int(n) for n in re.findall(r"(?:^|[/._-])(?:layers?|blocks|h)[._]?(\d+)", unit.name)]
+    layers = [int(n) for n in re.findall(_LAYER_IN_NAME, unit.name)]
     numbers = [n for name in wanted for n in _numbers(name)]
     return not layers or not numbers or any(abs(a - b) <= 1 for a in layers for b in numbers)
 

@@ -117,6 +117,20 @@ def coder_identity(config: FileCoderConfig, hookpoint: str, model_type: ModelTyp
     return _identity(find_coder(config, hookpoint, model_type), config)
 
 
+def published_l0(
+    config: FileCoderConfig, hookpoint: str, model_type: ModelType = None
+) -> float | None:
+    """Latents that fire on a token, on average, as names and settings say; reads no tensor.
+
+    It is no part of a coder's identity: the coder is the same whatever is said of it.
+
+    Raises:
+        CoderError: If there is no such coder, or a file of settings is missing or unreadable.
+        ModelError: If its files name a place that the subject model's family does not have.
+    """
+    return find_coder(config, hookpoint, model_type).description.expected_l0
+
+
 def discover_hookpoints(config: FileCoderConfig, model_type: ModelType = None) -> list[str]:
     """What a study may write to ask for the coders that lie there, in natural order.
 
@@ -206,9 +220,10 @@ def _place(found: Found) -> tuple[str, str]:
 
 
 def _about(found: Found, coder: LinearCoder) -> str:
-    kind = "transcoder" if found.is_transcoder else "autoencoder"
+    is_transcoder = found.description.is_transcoder
+    kind = "transcoder" if is_transcoder else "autoencoder"
     reads, writes = _place(found)
-    where = f"{reads} to {writes}" if found.is_transcoder else reads
+    where = f"{reads} to {writes}" if is_transcoder else reads
     seen = " with ".join(filter(None, (found.unit.config, found.unit.weights)))
     return (
         f"{found.format.name}: {type(coder.activation).__name__} {kind} of {coder.num_latents} "

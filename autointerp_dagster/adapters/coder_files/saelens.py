@@ -90,6 +90,8 @@ class _Metadata(BaseModel):
     hook_name_out: str | None = None
     hook_head_index: int | None = None
     model_from_pretrained_kwargs: dict[str, Any] | None = None
+    is_before_6: bool = False
+    """Set here: files of SAELens do not have it."""
     training_architecture: str | None = None
     training_architecture_details: dict[str, Any] | None = None
 
@@ -171,7 +173,7 @@ def _since_6(content: Mapping[str, Any]) -> dict[str, Any]:
         found["normalize_activations"] = "expected_average_only_in"
     if found["architecture"] in _TRANSCODERS:
         found.setdefault("apply_b_dec_to_input", False)
-    return found | {"metadata": {**found, **metadata}}
+    return found | {"metadata": {**found, **metadata, "is_before_6": True}}
 
 
 def _refuse_unfit(file: str, config: _Config) -> None:
@@ -220,8 +222,14 @@ def _expected_l0(config: _Config) -> float | None:
 
 def _notes(config: _Config) -> list[str]:
     notes: list[str] = []
-    kwargs = config.metadata.model_from_pretrained_kwargs or {}
-    changed = [name for name in _PROCESSING if kwargs.get(name) is True]
+    kwargs = config.metadata.model_from_pretrained_kwargs
+    if kwargs is None and config.metadata.is_before_6:
+        notes.append(
+            "the file does not say how TransformerLens loaded the model that it was trained on. By "
+            "default it centres the residual stream and folds norms, as for the first SAEs of "
+            "GPT-2: then the subject model's own vectors differ"
+        )
+    changed = [name for name in _PROCESSING if (kwargs or {}).get(name) is True]
     if changed:
         notes.append(
             f"trained on TransformerLens activations with {', '.join(changed)}: the subject "

@@ -103,7 +103,7 @@ def _describe(files: CoderFiles, unit: Unit) -> Description:
         settings=config.model_dump() | {"reads_input": reads_input, "takes_b_dec": takes_b_dec},
         reads=f"{module}.input" if reads_input and module else module,
         writes=module if reads_input else None,
-        reads_input=reads_input,
+        io="in_and_out" if reads_input else "out",
     )
 
 

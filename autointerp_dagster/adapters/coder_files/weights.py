@@ -3,7 +3,6 @@
 import hashlib
 import json
 import pickle
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from autointerp_dagster.core.errors import CoderError
+from autointerp_dagster.core.errors import CoderError, told
+
+_LFS = b"version https://git-lfs"
 
 
 class Weights(NamedTuple):
@@ -43,10 +44,19 @@ def read_weights(file: Path, shown: str) -> Weights:
             f"{shown}: no such file. Wanted the coder's weights there; fetch the whole folder, or "
             "name another coder in the study."
         )
+    with file.open("rb") as content:
+        is_pointer = content.read(len(_LFS)) == _LFS
+    if is_pointer:
+        raise CoderError(
+            f"{shown}: unreadable (a pointer of Git LFS instead of the file). Fetch it with "
+            "`git lfs pull`, or from the hub."
+        )
     try:
         return _READERS.get(file.suffix, _read_torch)(file, shown)
-    except (safetensors.SafetensorError, OSError, ValueError, zipfile.BadZipFile) as error:
-        raise CoderError(f"{shown}: unreadable ({error}). Fetch the file again.") from error
+    except (CoderError, MemoryError):
+        raise
+    except Exception as error:  # of damaged bytes the parsers raise anything
+        raise CoderError(f"{shown}: unreadable ({told(error)}). Fetch the file again.") from error
 
 
 def weights_digest(weights: Weights, about: object) -> str:
@@ -75,7 +85,7 @@ def read_json(file: Path, shown: str) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CoderError(f"{shown}: no such file. Wanted it beside the coder's weights.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CoderError(f"{shown}: no JSON ({error}). Copy the file again.") from error
     return _mapping(content, shown)
 
@@ -107,22 +117,32 @@ def _read_safetensors(file: Path, shown: str) -> Weights:
 
 
 def _read_npz(file: Path, shown: str) -> Weights:
-    with np.load(file, allow_pickle=False) as arrays:
+    arrays = np.load(file, allow_pickle=False)
+    if not isinstance(arrays, np.lib.npyio.NpzFile):
+        raise TypeError("a single array, wanted an archive of named ones")
+    with arrays:
         return Weights(shown, {name: torch.from_numpy(arrays[name]) for name in arrays.files}, {})
 
 
 def _read_torch(file: Path, shown: str) -> Weights:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except pickle.UnpicklingError as error:
         raise CoderError(
             f"{shown}: holds more than tensors and plain values, or is damaged "
-            f"({str(error).splitlines()[0]}). Such a pickle can run code and is not read. Have the "
-            "one who made it save its state dict."
+            f"({told(error)}). Such a pickle can run code and is not read. Have the one who made "
+            "it save its state dict."
         ) from error
-    entries = _mapping(content, shown)
+    entries = _mapping(_detached(content), shown)
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
     return Weights(shown, tensors, {k: v for k, v in entries.items() if k not in tensors})
+
+
+def _detached(value: object) -> object:
+    """The same without gradients: some save a module's parameters, not its state."""
+    if isinstance(value, Mapping):
+        return {name: _detached(item) for name, item in value.items()}
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 _READERS = {".safetensors": _read_safetensors, ".npz": _read_npz}

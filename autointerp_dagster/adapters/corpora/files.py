@@ -11,7 +11,7 @@ from typing import BinaryIO, Protocol
 import httpx2
 import pyarrow as pa
 
-from autointerp_dagster.core.errors import CorpusError
+from autointerp_dagster.core.errors import CorpusError, told
 
 
 class CorpusFile(Protocol):
@@ -139,19 +139,14 @@ def reading(file: CorpusFile, content: str) -> Iterator[None]:
         yield
     except httpx2.HTTPError as error:
         raise CorpusError(
-            f"{file.where}: the hub does not give the file ({_first_line(error)}). Check the "
+            f"{file.where}: the hub does not give the file ({told(error)}). Check the "
             "network and run again."
         ) from error
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, EOFError) as error:
         raise CorpusError(
-            f"{file.where}: cannot be read as {content} ({_first_line(error)}). Repair the file, "
+            f"{file.where}: cannot be read as {content} ({told(error)}). Repair the file, "
             "fetch it again, or take it out of the corpus."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

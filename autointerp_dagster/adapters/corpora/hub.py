@@ -41,7 +41,7 @@ from autointerp_dagster.adapters.corpora.card import (
 from autointerp_dagster.adapters.corpora.files import CorpusFile, ends_in, is_data
 from autointerp_dagster.adapters.hashing import json_hash
 from autointerp_dagster.core.config import HubFilesConfig
-from autointerp_dagster.core.errors import CorpusError
+from autointerp_dagster.core.errors import CorpusError, told
 
 _CHOOSING = 1
 """Raised when the same card and names mean other files; what was kept is looked for anew."""
@@ -195,10 +195,10 @@ class HubFiles:
             raise  # no network is not no card
         except EntryNotFoundError:
             return {}
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise CorpusError(
-                f"{self._where} at commit {self.commit}: the card's YAML cannot be read. Name the "
-                "files by corpus.files."
+                f"{self._where} at commit {self.commit}: the card's YAML cannot be read "
+                f"({told(error)}). Name the files by corpus.files."
             ) from error
         return head if isinstance(head, Mapping) else {}
 
@@ -276,8 +276,7 @@ def asking(where: str, revision: str = "main") -> Iterator[None]:
         raise CorpusError(_unreachable(where, error)) from error
     except (httpx2.HTTPError, FileNotFoundError) as error:
         raise CorpusError(
-            f"{where}: the hub does not give it ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0]}). Check the network and run again."
+            f"{where}: the hub does not give it ({told(error)}). Check the network and run again."
         ) from error
 
 
@@ -290,8 +289,8 @@ def _unreachable(where: str, error: Exception) -> str:
         )
     cause = error.__cause__ or error
     return (
-        f"{where}: the hub cannot be reached ({type(cause).__name__}: {cause}). Check the network "
-        "and run again; with HF_HUB_OFFLINE=1 what is already made can be used without it."
+        f"{where}: the hub cannot be reached ({told(cause)}). Check the network and run again; "
+        "with HF_HUB_OFFLINE=1 what is already made can be used without it."
     )
 
 

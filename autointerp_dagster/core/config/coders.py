@@ -49,8 +49,8 @@ class FileCoderConfig(ComputingConfig, frozen=True):
     """Hookpoint that is encoded, where the files do not say or mean another model's names; in it
     ``{layer}`` is the coder's layer, e.g. ``layers.{layer}.mlp.input``."""
     writes: str | None = None
-    """Hookpoint that a transcoder's decoder adds to, likewise; null: as the files say, or, with
-    ``reads`` alone, the same."""
+    """Hookpoint that a transcoder's decoder adds to, likewise; null: as the files say. Of an
+    autoencoder: where it reads."""
 
     @model_validator(mode="after")
     def _check_where(self) -> "FileCoderConfig":

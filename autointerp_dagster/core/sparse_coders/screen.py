@@ -314,7 +314,7 @@ def _loud(
     n = min(_MAX_LOUD, len(norms) - 1)
     norm, size = (np.partition(of, len(of) - 1 - n)[len(of) - 1 - n] for of in (norms, sizes))
     is_loud = (norms > _LOUD * norm) | (sizes > _LOUD * max(norm, size))
-    return np.flatnonzero(is_loud)
+    return np.flatnonzero(is_loud & ~is_loud.all())  # of a few latents all may be: then none is
 
 
 def _row_norms(

@@ -1,5 +1,6 @@
 """What cannot be the coder that its files claim is one error: file, tensor, shapes, remedy."""
 
+import io
 import json
 import os
 import shutil
@@ -9,13 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from format_builders import arrays, load, write_json, write_npz, write_pt, write_safetensors
+from format_builders import (
+    arrays,
+    inputs,
+    load,
+    openai_state,
+    write_json,
+    write_npz,
+    write_pt,
+    write_safetensors,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from write_oracles import HERE
 
 from autointerp_dagster import load_sparse_coder
 from autointerp_dagster.adapters.coder_files import open_coder
+from autointerp_dagster.adapters.coder_files.checking import Wanted, checked_tensors
+from autointerp_dagster.adapters.coder_files.weights import read_weights
 from autointerp_dagster.core.config import FileCoderConfig
 from autointerp_dagster.core.errors import CoderError
 
@@ -128,8 +140,55 @@ def test_arrays_of_python_objects_are_not_unpickled(tmp_path: Path) -> None:
     root = tmp_path / "gemma-scope-2b-pt-res"
     file = root / "layer_3/width_16k/average_l0_70/params.npz"
     write_npz(file, {"W_enc": np.array([{"a": 1}], dtype=object)})
-    with pytest.raises(CoderError, match=r"params\.npz: unreadable \(Object arrays"):
+    with pytest.raises(CoderError, match=r"params\.npz: unreadable \(ValueError: Object arrays"):
         load(root, "layers.3")
+
+
+DAMAGED = {
+    "an interrupted download": b"",
+    "a page of a login": b"<!DOCTYPE html>",
+    "text": b"hello",
+    "a zip of something else": b"PK\x05\x06" + bytes(18),
+    "a pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n",
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+@pytest.mark.parametrize("suffix", [".pt", ".npz", ".safetensors"])
+def test_whatever_lies_in_place_of_a_file_is_one_error(
+    tmp_path: Path, suffix: str, what: str
+) -> None:
+    file = tmp_path / f"weights{suffix}"
+    file.write_bytes(DAMAGED[what])
+    with pytest.raises(CoderError, match=r"^the coder's: (unreadable|holds|missing)") as caught:
+        checked_tensors(read_weights(file, "the coder's"), Wanted({"W": ("a",)}), {})
+    assert ("git lfs pull" in str(caught.value)) == (what == "a pointer")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_bytes_that_cannot_be_inflated_are_no_crash(tmp_path: Path) -> None:
+    whole = io.BytesIO()
+    np.savez_compressed(whole, W_enc=np.ones((30, 40), np.float32))
+    content = bytearray(whole.getvalue())
+    first = content.index(b"W_enc.npy") + 24
+    content[first : first + 6] = bytes(255 - byte for byte in content[first : first + 6])
+    (tmp_path / "params.npz").write_bytes(content)
+    with pytest.raises(CoderError, match=r"unreadable \(error: Error -3 while decompressing"):
+        read_weights(tmp_path / "params.npz", "params.npz")
+
+
+def test_parameters_are_read_as_the_tensors_that_they_are(tmp_path: Path) -> None:
+    state = openai_state(arrays(0), activation="ReLU")
+    trained = {
+        name: torch.nn.Parameter(torch.tensor(of)) if isinstance(of, np.ndarray) else of
+        for name, of in state.items()
+    }
+    write_pt(tmp_path / "state" / "3.pt", state)
+    write_pt(tmp_path / "parameters" / "3.pt", trained)
+    x = torch.from_numpy(inputs(1))
+    one, other = (load(tmp_path / name, "h.3", "gpt2") for name in ("state", "parameters"))
+    assert torch.equal(one.coder.encode(x).value, other.coder.encode(x).value)
+    assert one.identity == other.identity
 
 
 class Payload:
@@ -214,6 +273,12 @@ def test_saelens_folding_and_scaling_are_noted(tmp_path: Path) -> None:
     assert "fold_ln, center_writing_weights" in loaded.notes[0]
     assert "taken as folded into the weights" in loaded.notes[1]
     assert load(HERE / "saelens" / "standard", "h.3", "gpt2").notes == ()
+    untold = load(HERE / "saelens" / "old_standard", "h.3", "gpt2")
+    assert "does not say how TransformerLens loaded the model" in untold.notes[0]
+    plain: dict[str, object] = {"model_from_pretrained_kwargs": {"center_writing_weights": False}}
+    told = sae_copy(tmp_path / "b", "old_standard", **plain)
+    assert load(told, "h.3", "gpt2").notes == ()
+    assert load(told, "h.3", "gpt2").identity == untold.identity
 
 
 def test_finetuned_scales_multiply_the_decoder_only_where_they_are_declared(tmp_path: Path) -> None:
