@@ -42,7 +42,7 @@ class FoundLayer(_Record):
     hookpoint: str
     """Its place in the subject model; several layers may have one."""
     stamp: str = ""
-    """Of its files when they were last checked."""
+    """Of its files, and of what else the last check rested on."""
     identity: str | None = None
     """Of its content then; null for a baseline, which is made when it is run."""
     changed: str | None = None
@@ -63,7 +63,7 @@ class Refused(_Record):
     name: str
     """``<coder>@<address>``."""
     stamp: str
-    """Of its files: when they change, it is checked again."""
+    """Likewise: when it is another one, the coder is checked again."""
     reason: str
     since: str
     """In UTC."""

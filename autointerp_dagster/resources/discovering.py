@@ -14,7 +14,7 @@ import logging
 import re
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from autointerp_dagster.adapters.baseline_coders import mlp_of
@@ -27,6 +27,7 @@ from autointerp_dagster.adapters.coder_files import (
     open_coder,
 )
 from autointerp_dagster.adapters.found_layers import FoundLayer, FoundLayers, Refused
+from autointerp_dagster.adapters.hashing import json_hash
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.adapters.subject_models import SubjectModel
 from autointerp_dagster.core.config import (
@@ -115,12 +116,19 @@ class _Look:
             return
         n_at = Counter(candidate.hookpoint for candidate in candidates)
         mine = {one.address: one for one in self.findings.layers.values() if one.key.coder == coder}
-        for candidate in candidates:
+        for bare in candidates:
+            candidate = replace(bare, stamp=self._stamp(config, bare.stamp))
             known = mine.pop(candidate.address, None)
             self._consider(coder, candidate, known, is_alone=n_at[candidate.hookpoint] == 1)
         for gone in mine.values():
             self.findings.waiting[gone.layer] = "its files are gone; its results stay"
         self._forget_refused(coder)
+
+    def _stamp(self, config: FileCoderConfig, files: str) -> str:
+        """Of everything that a check rests on: with another study the same files may be sound."""
+        study = self._study
+        rests_on = [config.identity(), study.models.subject.identity()]
+        return json_hash([files, *rests_on, study.max_num_latents, study.latents_identity])
 
     def _consider(
         self, coder: str, candidate: Candidate, known: FoundLayer | None, *, is_alone: bool
@@ -248,15 +256,15 @@ class _Look:
         return beside
 
     def _add_baseline(self, layer: LayerKey, hookpoint: str) -> None:
-        name = str(layer)
-        if name in self._refused:
+        name, stamp = str(layer), json_hash(self._study.models.subject.identity())
+        if name in self._refused and self._refused[name].stamp == stamp:
             self.findings.broken[name] = self._refused[name].reason
             return
         try:
             if isinstance(self._study.coders[layer.coder], NeuronsCoderConfig):
                 mlp_of(hookpoint, SubjectModels().of(self._study).model_type)
         except CoderError as error:
-            self._refuse(name, "", str(error))
+            self._refuse(name, stamp, str(error))
             return
         self._take(
             FoundLayer(
