@@ -36,7 +36,8 @@ def look_by_hand(
             "them found."
         )
     if not forget:
-        return look(instance, study, store, "command", seconds=_UNHURRIED_S)
+        seen, _ = look(instance, study, store, "command", seconds=_UNHURRIED_S)
+        return seen
     records = FoundLayers(store, study.name)
     known = {one.layer: one for one in records.layers()}
     for name in forget:

@@ -1,5 +1,8 @@
 """Studies whose layers turn up: real ticks of the sensor, real runs, real staleness."""
 
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import dagster as dg
@@ -7,10 +10,13 @@ import pytest
 from bench import SMALL, Bench
 from planted import save_coder
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from autointerp_dagster.adapters.found_layers import FoundLayers
 from autointerp_dagster.adapters.study_layers import with_plain_layers
-from autointerp_dagster.definitions import build_definitions, build_resources, build_study
+from autointerp_dagster.cli import app
+from autointerp_dagster.core.errors import CoderError, StoreError, StudyError
+from autointerp_dagster.definitions import build_definitions, build_resources, build_study, defs
 from autointerp_dagster.resources.store import StoreResource
 from autointerp_dagster.study import Study
 
@@ -49,6 +55,19 @@ class Watched(Bench):
             resources={"store": StoreResource()},
         )
         found = sensor.evaluate_tick(context)
+        return found.skip_message or "", list(found.run_requests or [])
+
+    def night(self, hour: int = 2) -> tuple[str, list[dg.RunRequest]]:
+        """One tick of the schedule, likewise."""
+        definitions = self.definitions()
+        schedule = definitions.resolve_schedule_def(f"{self.name}_nightly")
+        context = dg.build_schedule_context(
+            self.instance,
+            scheduled_execution_time=datetime(2026, 11, 29, hour, tzinfo=UTC),
+            repository_def=definitions.get_repository_def(),
+            resources={"store": StoreResource()},
+        )
+        found = schedule.evaluate_tick(context)
         return found.skip_message or "", list(found.run_requests or [])
 
     def launch(self, request: dg.RunRequest) -> None:
@@ -92,6 +111,11 @@ def watched(world, server, tmp_path, instance) -> Watched:
     return Watched(tmp_path, world, server.base_url, instance, overrides)
 
 
+def range_of(request: dg.RunRequest) -> tuple[str, str]:
+    tags = request.tags
+    return tags["dagster/asset_partition_range_start"], tags["dagster/asset_partition_range_end"]
+
+
 def test_a_dropped_coder_is_a_layer_with_scores_and_its_successor_makes_them_stale(watched):
     said, runs = watched.tick()
     assert (runs, watched.layers) == ([], [])
@@ -128,3 +152,134 @@ def test_a_dropped_coder_is_a_layer_with_scores_and_its_successor_makes_them_sta
         (one.asset, one.cell) for one in watched.out_of_date() if one.is_direct
     }
     assert watched.heads()["latent_metrics", str(watched.study.cells[0])] == before
+
+
+@pytest.fixture
+def durable(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    """On disk: a schedule's tick opens the instance anew."""
+    (tmp_path / "home").mkdir()
+    with dg.DagsterInstance.local_temp(str(tmp_path / "home")) as kept:
+        yield kept
+
+
+def test_the_night_launches_what_is_new_under_one_budget_and_leaves_a_summary(watched, durable):
+    watched.instance = durable
+    watched.overrides["discovery"] = {"settle_s": 0, "nightly": {"tokens": 1, "cron": "30 1 * * *"}}
+    save_coder(watched.coders / "h.0", "h.0")
+    save_coder(watched.coders / "h.1", "h.1")
+    (watched.coders / "h.9").mkdir()
+    (watched.coders / "h.9" / "cfg.json").write_text("{}")
+    _, runs = watched.night()
+    assert [range_of(run) for run in runs] == [
+        (f"sae@{h}|0000000-0000015", f"sae@{h}|0000048-0000063") for h in ("h.0", "h.1")
+    ]
+    assert {run.tags["autointerp/budget"] for run in runs} == {"planted_nightly_20261129T0200"}
+    (seen,) = watched.records.looks()
+    assert (seen.by, seen.found, seen.launched) == (
+        "schedule",
+        ("sae@h.0", "sae@h.1"),
+        ("sae@h.0", "sae@h.1"),
+    )
+    assert list(seen.waiting) == ["sae@h.9"]
+
+    watched.launch(runs[0])
+    cells = {asset: head for (asset, _), head in watched.heads().items() if not head.complete}
+    assert {"explanations", "latent_metrics"} <= cells.keys()  # one token buys nothing
+    assert watched.night(hour=3)[1][0].tags["autointerp/new_layers"].startswith("sae@h.1/")
+
+
+def test_a_new_layer_and_its_baselines_are_one_rectangle(watched):
+    watched.overrides["coders"] = {
+        **watched.overrides["coders"],
+        "random": {"format": "random", "like": "sae"},
+        "pca": {"format": "pca", "k": 8},
+    }
+    save_coder(watched.coders / "h.1", "h.1")
+    save_coder(watched.coders / "h.0", "h.0")
+    _, runs = watched.tick()
+    assert [range_of(run) for run in runs] == [
+        (f"sae@{h}|0000000-0000015", f"pca@{h}|0000048-0000063") for h in ("h.0", "h.1")
+    ]
+
+
+def test_a_run_that_fails_is_not_asked_for_again(watched):
+    save_coder(watched.coders / "h.0", "h.0")
+    _, (request,) = watched.tick()
+    shutil.rmtree(watched.coders / "h.0")
+    save_coder(watched.coders / "h.1", "h.1")
+    with pytest.raises(CoderError, match=r"no coder of 'h\.0'"):
+        watched.launch(request)
+    _, (other,) = watched.tick()
+    assert other.tags["autointerp/new_layers"].startswith("sae@h.1/")
+
+
+def test_a_new_instance_is_told_of_layers_and_versions_and_asks_for_nothing_done(watched):
+    save_coder(watched.coders / "h.1", "h.1")
+    _, (request,) = watched.tick()
+    watched.launch(request)
+    with dg.DagsterInstance.ephemeral() as fresh:
+        fresh.add_dynamic_partitions("planted_layers", ["sae@by_hand"])
+        watched.instance = fresh
+        assert watched.tick() == ("1 layers; nothing new", [])
+        assert fresh.get_dynamic_partitions("planted_layers") == ["sae@h.1"]
+        assert len(watched.observed("sae@h.1")) == 1
+
+
+def test_a_layer_that_was_added_by_hand_is_refused_before_anything_is_made(watched):
+    watched.instance.add_dynamic_partitions("planted_layers", ["sae@h.0"])
+    save_coder(watched.coders / "h.0", "h.0")
+    tags = {"dagster/partition": "sae@h.0|0000000-0000015"}
+    request = dg.RunRequest(asset_selection=[dg.AssetKey(["planted", "latent_records"])], tags=tags)
+    with pytest.raises(StudyError, match="is of no layer of the study"):
+        watched.launch(request)
+
+
+def test_the_commands_see_the_layers_that_were_found(watched, monkeypatch):
+    home = watched.folder / "home"
+    home.mkdir()
+    (home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+    monkeypatch.setenv("DAGSTER_HOME", str(home))
+
+    def said(*arguments: object) -> str:
+        runner = CliRunner(env={"COLUMNS": "400"})
+        answer = runner.invoke(app, [str(argument) for argument in arguments])
+        assert isinstance(answer.exception, SystemExit | None), answer.exception
+        return answer.output
+
+    path = watched.path
+    assert "nobody has looked yet" in said("status", path)
+    assert "no layer is registered yet" in said("run", path)
+    save_coder(watched.coders / "h.0", "h.0")
+    save_coder(watched.coders / "h.1", "h.1")
+    (watched.coders / "h.1" / "sae.safetensors").unlink()
+    found = said("discover", path)
+    assert "1 layers; 1 new, 1 waiting" in found
+    assert "waiting: sae@h.1: " in found
+    said("run", path)
+    assert "new: sae@h.0" in said("status", path)
+    assert "nothing is out of date" in said("stale", path)
+    assert "score_detection" in said("why", path, "sae@h.0", 1)
+    assert "0/4" in said("plan", path)
+    assert "all as written" in said("verify", path)
+    save_coder(watched.coders / "h.1", "h.1")
+    assert "1 new" in said("discover", path)
+    stale = said("stale", path)
+    assert "sae@h.1/0000000-0000015" in stale
+    said("run", path, "--stale")
+    assert "nothing is out of date" in said("stale", path)
+    said("discover", path, "--forget", "sae@h.1")
+    assert watched.layers == ["sae@h.0"]
+    assert "no layer 'sae@h.1'" in said("discover", path, "--forget", "sae@h.1")
+
+
+def test_a_study_without_folder_or_store_loads_and_blocks_no_other(watched, monkeypatch):
+    monkeypatch.setenv("AUTOINTERP_STUDIES", str(watched.path.parent))
+    loaded = defs()
+    dg.Definitions.validate_loadable(loaded)
+    assert {schedule.name for schedule in loaded.schedules or ()} == {"planted_nightly"}
+    layers = watched.folder / "store" / "discovery" / "planted" / "layers"
+    layers.mkdir(parents=True)
+    (layers / "sae@h.0.json").write_text("{")
+    dg.Definitions.validate_loadable(defs())
+    with pytest.raises(StoreError, match=r"h\.0\.json: damaged\. Delete it"):
+        watched.tick()
