@@ -1,12 +1,11 @@
 """What runs by itself for studies with ``layers: discover``: a sensor and a nightly schedule.
 
 Both look for coders, register what is new, and ask for one run per new layer over all its ranges,
-up to ``latent_metrics``. Layer and study metrics follow by themselves, see ``definitions``. Both
-are off until somebody switches them on.
+up to ``latent_metrics``; the schedule also goes on with what a budget cut short. Layer and study
+metrics follow by themselves, see ``definitions``. Both are off until somebody switches them on.
 """
 
 import os
-from collections.abc import Mapping
 from datetime import datetime
 
 import dagster as dg
@@ -14,8 +13,9 @@ import dagster as dg
 from autointerp_dagster.adapters.found_layers import By, Look
 from autointerp_dagster.partitions import partitions_of
 from autointerp_dagster.resources.events import asset_key
+from autointerp_dagster.resources.launching import Night, stages_of_new_layers
 from autointerp_dagster.resources.llms import BUDGET_LIMIT_TAGS, BUDGET_TAG
-from autointerp_dagster.resources.registering import look, stages_of_new_layers
+from autointerp_dagster.resources.registering import look
 from autointerp_dagster.resources.store import StoreResource
 from autointerp_dagster.study import Study
 
@@ -56,21 +56,20 @@ def build_automation(study: Study) -> dg.Definitions:
     def new_coders_by_night(
         context: dg.ScheduleEvaluationContext, store: StoreResource
     ) -> list[dg.RunRequest] | dg.SkipReason:
-        tags = _budget_of(study, context.scheduled_execution_time)
-        seen, runs = _looked(context, study, store, "schedule", tags)
+        night = _night(study, context.scheduled_execution_time)
+        seen, runs = _looked(context, study, store, "schedule", night)
         return runs or dg.SkipReason(_said(seen))
 
     return dg.Definitions(jobs=[job], sensors=[new_coders], schedules=[new_coders_by_night])
 
 
-def _budget_of(study: Study, night: datetime) -> dict[str, str]:
-    """The tags by which all runs of a night count against its limits."""
+def _night(study: Study, when: datetime) -> Night:
+    """A night whose runs count against its limits, all together."""
     nightly = study.discovery.nightly
     limits = {"usd": nightly.usd, "tokens": nightly.tokens}
-    return {
-        BUDGET_TAG: f"{study.name}_nightly_{night:%Y%m%dT%H%M}",
-        **{BUDGET_LIMIT_TAGS[k]: str(limit) for k, limit in limits.items() if limit is not None},
-    }
+    tags = {BUDGET_LIMIT_TAGS[k]: str(limit) for k, limit in limits.items() if limit is not None}
+    name = f"{study.name}_nightly_{when:%Y%m%dT%H%M}"
+    return Night(name, {BUDGET_TAG: name, **tags})
 
 
 def _looked(
@@ -78,9 +77,11 @@ def _looked(
     study: Study,
     store: StoreResource,
     by: By,
-    tags: Mapping[str, str] | None = None,
+    night: Night | None = None,
 ) -> tuple[Look, list[dg.RunRequest]]:
-    seen, runs = look(context.instance, study, store.of(study), by, seconds=_seconds(by), tags=tags)
+    seen, runs = look(
+        context.instance, study, store.of(study), by, seconds=_seconds(by), night=night
+    )
     context.log.info("%s: %s", study.name, _said(seen))
     return seen, runs
 

@@ -168,6 +168,10 @@ class _Look:
             self.findings.waiting[name] = str(error)
         except AutoInterpError as error:
             self._refuse(name, candidate.stamp, str(error))
+        except Exception as error:
+            logger.exception("%s", name)
+            reason = f"{name}: cannot be read ({type(error).__name__}: {error})"
+            self._refuse(name, candidate.stamp, reason)
         else:
             if name in self._refused:
                 self._records.accept(self._refused.pop(name))

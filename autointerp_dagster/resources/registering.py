@@ -1,32 +1,25 @@
-"""What a look found, told to Dagster: layers, versions, and which runs are wanted.
+"""What a look found, told to Dagster: layers and versions; and said in the store and the log.
 
 Everything here may be done again at any time, and is: a look that was cut short, a Dagster
 instance that is new, or a store that a command wrote to are put right by the next one.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 import dagster as dg
 
 from autointerp_dagster.adapters.found_layers import By, FoundLayer, FoundLayers, Look
-from autointerp_dagster.adapters.heads import read_heads
 from autointerp_dagster.adapters.storage import Store
-from autointerp_dagster.core.types import Cell, LayerKey
-from autointerp_dagster.partitions import layers_name, partition_key
+from autointerp_dagster.partitions import layers_name
 from autointerp_dagster.resources.discovering import Findings, look_for_coders
 from autointerp_dagster.resources.events import asset_key, observe_outside_runs
+from autointerp_dagster.resources.launching import Night, wanted_runs
 from autointerp_dagster.study import Study
-from autointerp_dagster.study.stages import STAGES, Stage, stages_of
-
-STUDY_TAG, LAYERS_TAG = "autointerp/discovering", "autointerp/new_layers"
-"""Of a run that a sensor or schedule asked for: the study, and the layers that were new then."""
+from autointerp_dagster.study.stages import STAGES
 
 logger = logging.getLogger(__name__)
-
-_LAST = "latent_metrics"
-"""The last stage of such a run; what follows it follows by itself."""
 
 
 def register(instance: dg.DagsterInstance, study: Study, records: FoundLayers) -> Study:
@@ -54,62 +47,6 @@ def register(instance: dg.DagsterInstance, study: Study, records: FoundLayers) -
     return study.with_found({one.key: one.address for one in ordered})
 
 
-def stages_of_new_layers(study: Study) -> list[Stage]:
-    """The stages of a run over new layers: all that is made and does not follow by itself."""
-    return [stage for stage in stages_of(study) if not (stage.is_external or stage.follows)]
-
-
-def wanted_runs(
-    instance: dg.DagsterInstance,
-    study: Study,
-    store: Store,
-    records: FoundLayers,
-    tags: Mapping[str, str] | None = None,
-) -> list[tuple[dg.RunRequest, list[str]]]:
-    """A run for each rectangle of a new layer (and its baselines) and all ranges, with its layers.
-
-    New is what has no results yet and was in no run that was asked for before, failed ones
-    included: what failed is run again by hand.
-
-    Args:
-        instance: Where the runs are.
-        study: With its layers in the order that Dagster has.
-        store: Where results are.
-        records: What was found.
-        tags: Further ones of the runs.
-
-    Raises:
-        StoreError: If the store cannot be read.
-    """
-    asked, found = _asked(instance, study), {one.key: one for one in records.layers()}
-    heads = read_heads(store, study.name).manifests
-    new = [
-        layer
-        for layer in study.layer_keys
-        if _address(found[layer]) not in asked
-        and not all((_LAST, str(Cell(layer, block))) in heads for block in study.ranges)
-    ]
-    selection = [asset_key(study, stage) for stage in stages_of_new_layers(study)]
-    requests = []
-    for layers in _rectangles(study, found, new):
-        names = [str(layer) for layer in layers]
-        corners = Cell(layers[0], study.ranges[0]), Cell(layers[-1], study.ranges[-1])
-        asked_for = ",".join(_address(found[layer]) for layer in layers)
-        request = dg.RunRequest(
-            run_key=f"{study.name}:{asked_for}",
-            asset_selection=selection,
-            tags={
-                "dagster/asset_partition_range_start": str(partition_key(corners[0])),
-                "dagster/asset_partition_range_end": str(partition_key(corners[1])),
-                STUDY_TAG: study.name,
-                LAYERS_TAG: asked_for,
-                **(tags or {}),
-            },
-        )
-        requests.append((request, names))
-    return requests
-
-
 def look(
     instance: dg.DagsterInstance,
     study: Study,
@@ -117,7 +54,7 @@ def look(
     by: By,
     *,
     seconds: float,
-    tags: Mapping[str, str] | None = None,
+    night: Night | None = None,
 ) -> tuple[Look, list[dg.RunRequest]]:
     """Looks once for coders, tells Dagster, and says in the store and in the log what was found.
 
@@ -127,7 +64,7 @@ def look(
         store: Where results and records are.
         by: Who looks. A command asks for no runs.
         seconds: As in ``look_for_coders``.
-        tags: Of the runs that are wanted.
+        night: Of the schedule.
 
     Raises:
         StoreError: If the store cannot be read or written.
@@ -135,7 +72,7 @@ def look(
     records = FoundLayers(store, study.name)
     findings = look_for_coders(study, store, seconds)
     study = register(instance, study, records)
-    runs = [] if by == "command" else wanted_runs(instance, study, store, records, tags)
+    runs = [] if by == "command" else wanted_runs(instance, study, store, records, night)
     seen = Look(
         by=by,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -182,34 +119,8 @@ def _log(study: Study, findings: Findings) -> None:
         logger.warning("%s: %s cannot be used: %s", study.name, name, reason)
 
 
-def _asked(instance: dg.DagsterInstance, study: Study) -> set[str]:
-    runs = instance.get_runs(filters=dg.RunsFilter(tags={STUDY_TAG: study.name}))
-    return {one for run in runs for one in run.tags.get(LAYERS_TAG, "").split(",")}
-
-
-def _address(found: FoundLayer) -> str:
-    """Of one finding of a layer: one that was forgotten and is found again is new again."""
-    return f"{found.layer}/{found.found}"
-
-
-def _rectangles(
-    study: Study, found: Mapping[LayerKey, FoundLayer], new: Sequence[LayerKey]
-) -> Iterator[list[LayerKey]]:
-    """New layers that stand side by side, a coder from files with the baselines after it."""
-    order = list(study.layer_keys)
-    block: list[LayerKey] = []
-    for layer in new:
-        is_baseline = found[layer].identity is None
-        if block and not (is_baseline and order.index(layer) == order.index(block[-1]) + 1):
-            yield block
-            block = []
-        block.append(layer)
-    if block:
-        yield block
-
-
 def _shown(found: FoundLayer) -> dict[str, dg.MetadataValue]:
-    shown = {"about": dg.MetadataValue.text(found.about)}
+    shown: dict[str, dg.MetadataValue] = {"about": dg.MetadataValue.text(found.about)}
     if found.num_latents is not None:
         shown["num_latents"] = dg.MetadataValue.int(found.num_latents)
     return shown

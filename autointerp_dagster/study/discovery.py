@@ -70,6 +70,7 @@ class DiscoveryConfig(Parameters, frozen=True):
     settle_s: float = Field(default=30.0, ge=0)
     """Seconds for which a coder's local files must not have changed before they are read."""
     nightly: NightlyConfig = NightlyConfig()
+    """When the schedule ``<study>_nightly`` looks, and what it may spend."""
 
 
 def check_layers(layers: Collection[str], coders: Collection[CoderConfig]) -> None:

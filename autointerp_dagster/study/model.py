@@ -95,7 +95,7 @@ class Study(Parameters, frozen=True):
     def with_found(self, addresses: Mapping[LayerKey, str]) -> "Study":
         """The same study with these layers, if it discovers them; each with its address."""
         study = self.model_copy()
-        study._found = dict(addresses)
+        study._found = dict(addresses)  # pyright: ignore[reportAttributeAccessIssue]
         return study
 
     def address_of(self, layer: LayerKey) -> str:

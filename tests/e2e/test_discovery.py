@@ -185,7 +185,13 @@ def test_the_night_launches_what_is_new_under_one_budget_and_leaves_a_summary(wa
     watched.launch(runs[0])
     cells = {asset: head for (asset, _), head in watched.heads().items() if not head.complete}
     assert {"explanations", "latent_metrics"} <= cells.keys()  # one token buys nothing
-    assert watched.night(hour=3)[1][0].tags["autointerp/new_layers"].startswith("sae@h.1/")
+    _, runs = watched.night(hour=3)  # goes on with what was cut short, under another budget
+    assert [range_of(run)[0].split("|")[0] for run in runs] == ["sae@h.0", "sae@h.1"]
+    assert {run.tags["autointerp/budget"] for run in runs} == {"planted_nightly_20261129T0300"}
+    watched.overrides["discovery"] = {"settle_s": 0}
+    watched.launch(watched.night(hour=4)[1][0])
+    assert all(head.complete for head in watched.heads().values())
+    assert [run.tags["autointerp/new_layers"][:7] for run in watched.night(5)[1]] == ["sae@h.1"]
 
 
 def test_a_new_layer_and_its_baselines_are_one_rectangle(watched):
@@ -217,12 +223,16 @@ def test_a_new_instance_is_told_of_layers_and_versions_and_asks_for_nothing_done
     save_coder(watched.coders / "h.1", "h.1")
     _, (request,) = watched.tick()
     watched.launch(request)
+    save_coder(watched.coders / "week_2" / "h.1", "h.1")
+    _, (request,) = watched.tick()
+    watched.launch(request)
     with dg.DagsterInstance.ephemeral() as fresh:
         fresh.add_dynamic_partitions("planted_layers", ["sae@by_hand"])
         watched.instance = fresh
-        assert watched.tick() == ("1 layers; nothing new", [])
-        assert fresh.get_dynamic_partitions("planted_layers") == ["sae@h.1"]
-        assert len(watched.observed("sae@h.1")) == 1
+        assert watched.tick() == ("2 layers; nothing new", [])
+        layers = fresh.get_dynamic_partitions("planted_layers")
+        assert layers == ["sae@h.1", "sae@week_2:h.1"] == watched.layers
+        assert [len(watched.observed(layer)) for layer in layers] == [1, 1]
 
 
 def test_a_layer_that_was_added_by_hand_is_refused_before_anything_is_made(watched):
