@@ -7,8 +7,9 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+import torch
 from bench import SMALL, Bench
-from planted import save_coder
+from planted import D_MODEL, save_coder
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -49,25 +50,25 @@ class Watched(Bench):
         """One evaluation of the sensor: what it says, and the runs that it asks for."""
         definitions = self.definitions()
         sensor = definitions.resolve_sensor_def(f"{self.name}_new_coders")
-        context = dg.build_sensor_context(
+        with dg.build_sensor_context(
             self.instance,
             repository_def=definitions.get_repository_def(),
             resources={"store": StoreResource()},
-        )
-        found = sensor.evaluate_tick(context)
+        ) as context:
+            found = sensor.evaluate_tick(context)
         return found.skip_message or "", list(found.run_requests or [])
 
     def night(self, hour: int = 2) -> tuple[str, list[dg.RunRequest]]:
         """One tick of the schedule, likewise."""
         definitions = self.definitions()
         schedule = definitions.resolve_schedule_def(f"{self.name}_nightly")
-        context = dg.build_schedule_context(
+        with dg.build_schedule_context(
             self.instance,
             scheduled_execution_time=datetime(2026, 11, 29, hour, tzinfo=UTC),
             repository_def=definitions.get_repository_def(),
             resources={"store": StoreResource()},
-        )
-        found = schedule.evaluate_tick(context)
+        ) as context:
+            found = schedule.evaluate_tick(context)
         return found.skip_message or "", list(found.run_requests or [])
 
     def launch(self, request: dg.RunRequest) -> None:
@@ -194,6 +195,43 @@ def test_the_night_launches_what_is_new_under_one_budget_and_leaves_a_summary(wa
     assert [run.tags["autointerp/new_layers"][:7] for run in watched.night(5)[1]] == ["sae@h.1"]
 
 
+def test_a_broken_coder_is_an_event_once_and_blocks_no_other(watched):
+    save_coder(watched.coders / "h.0", "h.0")
+    weights = watched.coders / "h.0" / "sae.safetensors"
+    save_file(load_file(weights) | {"b_dec": torch.full((D_MODEL,), torch.nan)}, weights)
+    save_coder(watched.coders / "h.1", "h.1")
+    _, (request,) = watched.tick()
+    assert range_of(request)[0].startswith("sae@h.1|")
+    for _ in range(2):
+        watched.tick()
+    key = dg.AssetKey(["planted", "sparse_coders"])
+    records = watched.instance.fetch_observations(key, limit=20).records
+    events = [record.asset_observation for record in records]
+    shown = [event.metadata["broken"].value for event in events if event and not event.partition]
+    assert len(shown) == 1
+    assert "not finite" in shown[0]["sae@h.0"]
+    (seen,) = watched.records.looks()
+    assert (list(seen.broken), seen.line) == (["sae@h.0"], "1 layers; 1 launched, 1 broken")
+
+
+def test_a_commit_on_the_hub_is_a_new_layer_or_a_new_version(watched, hub):
+    watched.overrides["coders"] = {"sae": {"path": None, "repo": "me/saes"}}
+    save_coder(watched.coders / "h.0", "h.0")
+    hub.add("me/saes", watched.coders)
+    _, (request,) = watched.tick()
+    assert range_of(request)[0].startswith("sae@h.0|")
+    watched.launch(request)
+    weights = watched.coders / "h.0" / "sae.safetensors"
+    save_file(load_file(weights) | {"b_dec": torch.ones(D_MODEL)}, weights)
+    save_coder(watched.coders / "h.1", "h.1")
+    hub.add("me/saes", watched.coders)
+    _, (request,) = watched.tick()
+    assert range_of(request)[0].startswith("sae@h.1|")
+    assert [len(set(watched.observed(layer))) for layer in watched.layers] == [2, 1]
+    statuses = watched.statuses()
+    assert statuses["activation_cache", str(watched.study.cells[0])] == "STALE"
+
+
 def test_a_new_layer_and_its_baselines_are_one_rectangle(watched):
     watched.overrides["coders"] = {
         **watched.overrides["coders"],
@@ -253,7 +291,8 @@ def test_the_commands_see_the_layers_that_were_found(watched, monkeypatch):
     def said(*arguments: object) -> str:
         runner = CliRunner(env={"COLUMNS": "400"})
         answer = runner.invoke(app, [str(argument) for argument in arguments])
-        assert isinstance(answer.exception, SystemExit | None), answer.exception
+        if answer.exception is not None and not isinstance(answer.exception, SystemExit):
+            raise answer.exception
         return answer.output
 
     path = watched.path
