@@ -236,7 +236,7 @@ def test_the_graph_of_a_study_that_discovers_does_not_change_with_its_layers(tmp
 @pytest.mark.parametrize(
     ("found", "replacement", "message"),
     [
-        ("max_num_latents: 100\n", "", r"tiny\.yaml: max_num_latents: missing\. Add it\. It is: Width"),
+        ("max_num_latents: 100\n", "", r"tiny\.yaml: max_num_latents: missing.* It is: Width"),
         ("layers: discover", "layers: [discover, layers.1]", "discover stands alone"),
         ("{path: saes}", "{format: neurons}", "looks among the files of coders, and none has any"),
         ("range_size", "discovery: {nightly: {cron: '0 25 * * *'}}\nrange_size",
