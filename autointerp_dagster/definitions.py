@@ -4,6 +4,7 @@ The folder is ``./studies`` or what ``AUTOINTERP_STUDIES`` names. A new study ne
 definitions" in the UI, nothing else.
 """
 
+import logging
 import os
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from autointerp_dagster.assets.study_metrics import build_study_metrics
 from autointerp_dagster.assets.subject_model import build_subject_model
 from autointerp_dagster.assets.token_dataset import build_token_dataset_asset
 from autointerp_dagster.assets.window_embeddings import build_window_embeddings
+from autointerp_dagster.automation import build_automation
+from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.resources.coders import Coders
 from autointerp_dagster.resources.corpora import Corpora
 from autointerp_dagster.resources.embedders import Embedders
@@ -40,6 +43,8 @@ from autointerp_dagster.resources.progress import ProgressDisplay
 from autointerp_dagster.resources.store import StoreResource
 from autointerp_dagster.study import Study, find_studies
 from autointerp_dagster.study.stages import stages_of
+
+logger = logging.getLogger(__name__)
 
 BUILDERS = {
     "subject_model": build_subject_model,
@@ -88,7 +93,7 @@ def build_definitions(studies: list[Study]) -> dg.Definitions:
     """The definitions of several studies.
 
     Layer and study metrics follow the rest by themselves; nothing that costs GPU time or money
-    does.
+    does, unless the sensor or the schedule of a study that discovers its layers is switched on.
     """
     assets = [asset for study in studies for asset in build_study(study)]
     following = dg.AutomationConditionSensorDefinition(
@@ -97,16 +102,31 @@ def build_definitions(studies: list[Study]) -> dg.Definitions:
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Recomputes layer and study metrics when the metrics below them change.",
     )
-    return dg.Definitions(
+    whole = dg.Definitions(
         assets=assets,
         resources=build_resources(),
         sensors=[following] if assets else [],
         executor=dg.in_process_executor,  # models are loaded once per run, not once per step
     )
+    discovering = [build_automation(study) for study in studies if study.discovers]
+    return dg.Definitions.merge(whole, *discovering) if discovering else whole
 
 
 @dg.definitions
 def defs() -> dg.Definitions:
     """The definitions of the studies folder."""
     folder = Path(os.environ.get("AUTOINTERP_STUDIES", "studies"))
-    return build_definitions([with_plain_layers(study) for study in find_studies(folder)])
+    return build_definitions([_with_layers(study) for study in find_studies(folder)])
+
+
+def _with_layers(study: Study) -> Study:
+    """A study whose store does not answer loads without the layers that were found."""
+    try:
+        return with_plain_layers(study)
+    except StoreError as error:
+        logger.warning(
+            "study %s: what it found cannot be read, so it loads without layers: %s",
+            study.name,
+            error,
+        )
+        return study

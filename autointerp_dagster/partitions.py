@@ -18,14 +18,23 @@ from autointerp_dagster.study.stages import STAGES, Scope, Stage, upstream_of
 
 
 def partitions_of(study: Study, scope: Scope) -> dg.PartitionsDefinition | None:
-    """The partitions of an asset of this scope."""
-    layers = dg.StaticPartitionsDefinition([str(layer) for layer in study.layer_keys])
+    """The partitions of an asset of this scope; those of layers to be discovered grow."""
     if scope == "study":
         return None
+    layers: dg.PartitionsDefinition
+    if study.discovers:
+        layers = dg.DynamicPartitionsDefinition(name=layers_name(study))
+    else:
+        layers = dg.StaticPartitionsDefinition([str(layer) for layer in study.layer_keys])
     if scope == "layer":
         return layers
     ranges = dg.StaticPartitionsDefinition([str(block) for block in study.ranges])
     return dg.MultiPartitionsDefinition({"layer": layers, "range": ranges})
+
+
+def layers_name(study: Study) -> str:
+    """Under which Dagster keeps the layers that a study discovers; one name for all of it."""
+    return f"{study.name}_layers"
 
 
 def partition_key(place: Place) -> str | None:

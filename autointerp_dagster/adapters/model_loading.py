@@ -59,9 +59,19 @@ def load_config(folder: Path, stamp: Stamp) -> PreTrainedConfig:
         ) from error
 
 
-@lru_cache(maxsize=8)
 def module_paths(folder: Path, stamp: Stamp) -> tuple[str, ...]:
     """Every module's path relative to the base model, outside in; loads no weights.
+
+    Raises:
+        ModelError: If transformers does not know the model, or it is no causal language model.
+    """
+    base_model = empty_model(folder, stamp).base_model
+    return tuple(name for name, _ in base_model.named_modules() if name)
+
+
+@lru_cache(maxsize=8)
+def empty_model(folder: Path, stamp: Stamp) -> PreTrainedModel:
+    """The model in a folder without weights: its parameters have shapes, and take no memory.
 
     Raises:
         ModelError: If transformers does not know the model, or it is no causal language model.
@@ -72,7 +82,7 @@ def module_paths(folder: Path, stamp: Stamp) -> tuple[str, ...]:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, ImportError) as error:
         raise _unloadable(folder, error) from error
-    return tuple(name for name, _ in model.base_model.named_modules() if name)
+    return model.eval()
 
 
 @lru_cache(maxsize=8)

@@ -7,7 +7,9 @@ module paths is passed on untouched, without a look at model or coders.
 from pydantic import ValidationError
 
 from autointerp_dagster.adapters.coder_files import discover_hookpoints
+from autointerp_dagster.adapters.found_layers import FoundLayers
 from autointerp_dagster.adapters.hookpoints import expand, has_wildcard, is_foreign, translate
+from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.adapters.subject_models import SubjectModel, open_subject_model
 from autointerp_dagster.core.config import FileCoderConfig, RandomCoderConfig
 from autointerp_dagster.core.errors import AutoInterpError, ModelError, StudyError
@@ -22,12 +24,16 @@ def with_plain_layers(study: Study) -> Study:
     principal components, the places that the study's coders from files have, so that all are
     compared at the same ones, or, where none of these matches, the model's modules. A
     TransformerLens name (``blocks.5.hook_resid_post``) or a path of the whole model
-    (``model.layers.5.output``) becomes the hookpoint that it means in the subject model.
+    (``model.layers.5.output``) becomes the hookpoint that it means in the subject model. Layers to
+    be discovered are those that the study's store has on record.
 
     Raises:
+        StoreError: If layers are discovered and the store cannot be read.
         StudyError: If a pattern matches nothing, a name means nothing in the model, the coders or
             the model's configuration cannot be read, or there are too many layers.
     """
+    if study.discovers:
+        return with_found_layers(study, FoundLayers(Store(study.store), study.name))
     names = [layer.rpartition("@")[2] for layer in study.layers]
     if not any(has_wildcard(name) or is_foreign(name) for name in names):
         return study
@@ -40,6 +46,16 @@ def with_plain_layers(study: Study) -> Study:
     except ValidationError as error:
         problems = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
         raise StudyError(f"study {study.name}: with its patterns expanded: {problems}") from error
+
+
+def with_found_layers(study: Study, records: FoundLayers) -> Study:
+    """The same study with the layers on record, those of coders that it still names.
+
+    Raises:
+        StoreError: If the store cannot be read.
+    """
+    found = [one for one in records.layers() if one.key.coder in study.coders]
+    return study.with_found({one.key: one.address for one in found})
 
 
 def _plain(study: Study, layer: str) -> list[str]:

@@ -30,6 +30,7 @@ from autointerp_dagster.adapters.model_files import (
     weights_hash,
 )
 from autointerp_dagster.adapters.model_loading import (
+    empty_model,
     load_config,
     load_model,
     load_vocabulary,
@@ -43,7 +44,12 @@ from autointerp_dagster.core.hooks import captured
 _FINAL_NORMS = ("norm", "final_layer_norm", "ln_f", "final_norm")
 """Names that models give the norm before the output head."""
 
+_N_TRIED = 3
+"""Tokens that a width is found with."""
+
 _loading = threading.Lock()
+_trying = threading.Lock()
+"""Held while a model without weights runs: hooks of two threads would see each other's vectors."""
 
 
 class Unembedding(NamedTuple):
@@ -255,17 +261,40 @@ class SubjectModel:
             ModelError: If there is no such module (the nearest are named), or it does not give one
                 vector per token.
         """
-        base_model, n_tokens = self.base_model, 3
-        tokens = torch.zeros((1, n_tokens), dtype=torch.int64, device=self.device)
+        base_model = self.base_model
+        tokens = torch.zeros((1, _N_TRIED), dtype=torch.int64, device=self.device)
         with torch.inference_mode(), captured(base_model, [hookpoint]) as outputs:
             base_model(input_ids=tokens, use_cache=False)
-        shape = tuple(outputs[hookpoint].shape)
-        if len(shape) != 3 or shape[:2] != (1, n_tokens):
-            raise ModelError(
-                f"hookpoint {hookpoint!r}: output of shape {shape} for {n_tokens} tokens, wanted "
-                f"(1, {n_tokens}, width). Choose a module that gives one vector per token."
-            )
-        return shape[2]
+        return _width(hookpoint, outputs[hookpoint])
+
+    def width_from_config(self, hookpoint: str) -> int | None:
+        """Width of the vectors at a hookpoint, found without loading weights; null if that fails.
+
+        The model runs on shapes alone, which not every architecture's code can do.
+
+        Raises:
+            ModelError: As for :meth:`width_of`.
+        """
+        base_model = empty_model(self._config_folder, stamp_of(self._config_folder)).base_model
+        tokens = torch.zeros((1, _N_TRIED), dtype=torch.int64, device="meta")
+        # With a ready mask the model need not look at values to make one.
+        mask = torch.zeros((1, 1, _N_TRIED, _N_TRIED), device="meta")
+        try:
+            with _trying, torch.inference_mode(), captured(base_model, [hookpoint]) as outputs:
+                base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
+        except (RuntimeError, ValueError, TypeError):
+            return None
+        return _width(hookpoint, outputs[hookpoint])
+
+
+def _width(hookpoint: str, vectors: Tensor) -> int:
+    shape = tuple(vectors.shape)
+    if len(shape) != 3 or shape[:2] != (1, _N_TRIED):
+        raise ModelError(
+            f"hookpoint {hookpoint!r}: output of shape {shape} for {_N_TRIED} tokens, wanted "
+            f"(1, {_N_TRIED}, width). Choose a module that gives one vector per token."
+        )
+    return shape[2]
 
 
 def open_subject_model(config: SubjectModelConfig) -> SubjectModel:

@@ -36,7 +36,7 @@ def build_activation_cache(study: Study) -> dg.AssetsDefinition:
         ) as stage:
             layers = sorted({cell.layer for cell in stage.pending_cells()})
             if layers:  # what comes next is dear: what would fail after it had better fail now
-                check_study(study, stages_of_run(context, study))
+                check_study(study, stages_of_run(context, study), layers)
                 caching = Caching(stage, study, model, coders, progress.on(context))
                 caching.commit_layers(layers)
             yield from stage.report()

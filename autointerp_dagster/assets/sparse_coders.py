@@ -12,7 +12,6 @@ def build_sparse_coders(study: Study) -> dg.AssetsDefinition:
 
     @observed_asset(study, "sparse_coders")
     def sparse_coders(coders: Coders) -> dg.DataVersionsByPartition:
-        versions = {str(layer): coders.identity(study, layer) for layer in study.layer_keys}
-        return dg.DataVersionsByPartition(versions)
+        return dg.DataVersionsByPartition(dict(coders.identities(study)))
 
     return sparse_coders

@@ -1,4 +1,4 @@
-"""The commands: run, plan, judge, status, stale, why, compare, verify; and batch."""
+"""The commands: run, plan, judge, status, discover, stale, why, compare, verify; and batch."""
 
 import logging
 import sys
@@ -16,6 +16,7 @@ from autointerp_dagster.cli.compare import (
     print_comparison,
     print_ratings,
 )
+from autointerp_dagster.cli.discover import look_by_hand, print_discovered, print_look
 from autointerp_dagster.cli.judge import calibration_as_json, print_calibration
 from autointerp_dagster.cli.plan import missing_records, plan_as_json, print_plan
 from autointerp_dagster.cli.report import print_report
@@ -163,6 +164,27 @@ def status(study: StudyArgument) -> None:
     """Show, for each stage, how many cells are done, cut short, or missing."""
     loaded = study_of(study)
     print_status(loaded, StoreResource().of(loaded), console)
+    print_discovered(loaded, StoreResource().of(loaded), console)
+
+
+@app.command()
+@plain_errors
+def discover(
+    study: StudyArgument,
+    forget: Annotated[
+        list[str] | None,
+        typer.Option(help="Take this layer out of the study; may be given several times."),
+    ] = None,
+) -> None:
+    """Look for new coders of a study with `layers: discover`, and register those that are sound.
+
+    What the study's sensor and schedule do, without asking for runs.
+    """
+    loaded = study_of(study)
+    with dagster_instance() as instance:
+        seen = look_by_hand(loaded, StoreResource().of(loaded), instance, forget or [])
+    if seen is not None:
+        print_look(loaded, seen, console)
 
 
 @app.command()

@@ -9,6 +9,7 @@ import dagster as dg
 from rich.console import Console
 from rich.table import Table
 
+from autointerp_dagster.adapters.found_layers import FoundLayers
 from autointerp_dagster.adapters.heads import Name, read_heads
 from autointerp_dagster.adapters.llm import SpendFile
 from autointerp_dagster.adapters.storage import Store
@@ -21,6 +22,7 @@ from autointerp_dagster.resources.llms import BUDGET_TAG, LLMs
 from autointerp_dagster.resources.pending import stages_that_ask
 from autointerp_dagster.resources.preflight import REPLAY_TAG, check_study
 from autointerp_dagster.resources.progress import ProgressDisplay
+from autointerp_dagster.resources.registering import register
 from autointerp_dagster.resources.store import StoreResource
 from autointerp_dagster.study import Study
 from autointerp_dagster.study.stages import Stage, places_of, stages_of
@@ -45,6 +47,12 @@ class Selection:
         Raises:
             StudyError: If one names a layer, range or stage that the study does not have.
         """
+        if not study.layer_keys:
+            raise StudyError(
+                f"study {study.name}: no layer is registered yet. Switch on its sensor "
+                f"{study.name}_new_coders in the UI, or look by hand: `autointerp discover "
+                f"{study.name}`."
+            )
         known_layers = [str(layer) for layer in study.layer_keys]
         known_ranges = [str(block) for block in study.ranges]
         made = [stage for stage in stages_of(study) if not stage.is_external]
@@ -94,11 +102,15 @@ def materialize(
     Raises:
         AutoInterpError: What went wrong in a stage, as the stage said it.
     """
+    if study.discovers:  # a run takes neighbours in Dagster's order
+        records = FoundLayers(StoreResource().of(study), study.name)
+        study = register(instance, study, records)
     asking = set(stages_that_ask(study)) if mode == "replay" else set()
     runs = list(_chosen_runs(study, selection, only))
     names = {stage.name for stages, _ in runs for stage in stages}
     if names:
-        check_study(study, names - asking)
+        chosen = {cell.layer for cell in selection.cells} if study.discovers else None
+        check_study(study, names - asking, chosen)
     budget = str(uuid.uuid4())
     for stages, places in runs:
         _run(study, stages, places, budget, instance=instance, mode=mode)

@@ -1,5 +1,6 @@
 """Sparse coders by the study and layer that name them."""
 
+import logging
 from collections.abc import Callable
 from functools import cache
 
@@ -19,12 +20,15 @@ from autointerp_dagster.adapters.coder_files import (
 from autointerp_dagster.adapters.corpora import Corpus
 from autointerp_dagster.adapters.hashing import json_hash
 from autointerp_dagster.core.config import FileCoderConfig
+from autointerp_dagster.core.errors import CoderError
 from autointerp_dagster.core.llm import JournalBlock
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import LatentId, LayerKey
 from autointerp_dagster.resources.corpora import Corpora
 from autointerp_dagster.resources.models import SubjectModels
 from autointerp_dagster.study import Study
+
+logger = logging.getLogger(__name__)
 
 LATENTS_PER_BLOCK = 4096
 """Of the journal: a cell reads only the blocks of its latents."""
@@ -42,7 +46,7 @@ class Coders(dg.ConfigurableResource):
         """
         config = study.coders[layer.coder]
         if isinstance(config, FileCoderConfig):
-            return open_coder(config, layer.hookpoint, _model_type_of(study))
+            return open_coder(config, study.address_of(layer), _model_type_of(study))
         return open_baseline(config, layer.hookpoint, self._materials(study, layer))
 
     def identity(self, study: Study, layer: LayerKey) -> str:
@@ -55,8 +59,24 @@ class Coders(dg.ConfigurableResource):
         """
         config = study.coders[layer.coder]
         if isinstance(config, FileCoderConfig):
-            return coder_identity(config, layer.hookpoint, _model_type_of(study))
+            return coder_identity(config, study.address_of(layer), _model_type_of(study))
         return baseline_identity(config, layer.hookpoint, self._materials(study, layer))
+
+    def identities(self, study: Study) -> dict[str, str]:
+        """Of every layer, by its key; of discovered ones only those whose files can be read now.
+
+        Raises:
+            CoderError: As :meth:`identity`, if the study itself names the layers.
+        """
+        found: dict[str, str] = {}
+        for layer in study.layer_keys:
+            try:
+                found[str(layer)] = self.identity(study, layer)
+            except CoderError as error:
+                if not study.discovers:
+                    raise
+                logger.warning("%s: not observed: %s", layer, error)
+        return found
 
     def block_of(
         self, study: Study, layer: LayerKey, stage: str

@@ -50,6 +50,25 @@ def observe(
     )
 
 
+def observe_outside_runs(
+    instance: dg.DagsterInstance,
+    study: Study,
+    stage: Stage,
+    place: Place,
+    version: str,
+    shown: Mapping[str, dg.MetadataValue],
+) -> None:
+    """As :func:`observe`, where nothing is run: what is made of another version becomes stale."""
+    key, partition = asset_key(study, stage), partition_key(place)
+    last = _latest(instance, stage, key, partition)
+    if last is None or last[0] != version:
+        instance.report_runless_asset_event(
+            dg.AssetObservation(
+                key, partition=partition, metadata=shown, tags={_DATA_VERSION: version}
+            )
+        )
+
+
 def report_place(
     context: dg.AssetExecutionContext,
     study: Study,

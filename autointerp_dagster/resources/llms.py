@@ -16,11 +16,22 @@ from autointerp_dagster.adapters.llm import (
     open_llm,
 )
 from autointerp_dagster.adapters.storage import Store
-from autointerp_dagster.study import Study
+from autointerp_dagster.study import BudgetConfig, Study
 from autointerp_dagster.study.parameters import LLMPart, llm_config
 
 BUDGET_TAG = "autointerp/budget"
 """Tag of Dagster runs that share one run's budget: those of one command."""
+
+
+BUDGET_LIMIT_TAGS = {"usd": "autointerp/budget_usd", "tokens": "autointerp/budget_tokens"}
+"""Tags of runs that take the place of the study's limits of one run."""
+
+
+def limits_of(context: dg.AssetExecutionContext, study: Study) -> BudgetConfig:
+    """What a step may spend: as the study says, or as its run does."""
+    tags = context.run.tags
+    own = {name: tags[tag] for name, tag in BUDGET_LIMIT_TAGS.items() if tag in tags}
+    return BudgetConfig.model_validate({**study.budget.model_dump(), **own})
 
 
 def budget_of(context: dg.AssetExecutionContext) -> str:
@@ -53,7 +64,7 @@ class LLMs(dg.ConfigurableResource):
         with ExitStack() as opened:
             journal = opened.enter_context(open_journal(store.root))
             spend = SpendFile(store.root, study.name, budget_of(context))
-            ledger = opened.enter_context(Ledger(study.budget, spend))
+            ledger = opened.enter_context(Ledger(limits_of(context, study), spend))
             models: dict[LLMPart, JournaledLLM] = {}
             for part in parts:
                 config = llm_config(study, part)

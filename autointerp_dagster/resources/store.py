@@ -18,6 +18,7 @@ import dagster as dg
 
 from autointerp_dagster.adapters.manifests import Blob, Manifest, Provenance, content_hash_of
 from autointerp_dagster.adapters.storage import Store
+from autointerp_dagster.core.errors import StudyError
 from autointerp_dagster.core.types import Cell, LayerKey, Place
 from autointerp_dagster.partitions import place_of
 from autointerp_dagster.resources.events import About, observe, report_place
@@ -116,10 +117,22 @@ class StageRun(StageInputs):
             self._log_events()
 
     def asked(self) -> list[Place]:
-        """The places that this run was asked for, in the order of the partitions."""
+        """The places that this run was asked for, in the order of the partitions.
+
+        Raises:
+            StudyError: If one is of no layer of the study, e.g. one that was added by hand.
+        """
         if self.stage.scope == "study":  # such an asset may share a run with partitioned ones
             return [place_of(None)]
-        return [place_of(key) for key in self._context.partition_keys]
+        places = [place_of(key) for key in self._context.partition_keys]
+        known = {str(layer) for layer in self.study.layer_keys}
+        strange = [p for p in places if str(getattr(p, "layer", p)) not in known]
+        if strange:
+            raise StudyError(
+                f"{self.study.name}: {strange[0]} is of no layer of the study; it has: "
+                f"{sorted(known)}. Layers are found by the study's sensor or `autointerp discover`."
+            )
+        return places
 
     def pending(self, places: Sequence[Place] | None = None) -> list[Place]:
         """The places that must be computed; the others are linked to what the store holds.

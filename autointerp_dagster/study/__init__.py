@@ -10,8 +10,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from autointerp_dagster.core.errors import StudyError
+from autointerp_dagster.study.budget import BudgetConfig
 from autointerp_dagster.study.file import StudyFile
-from autointerp_dagster.study.model import BudgetConfig, Study
+from autointerp_dagster.study.model import Study
 
 __all__ = ["BudgetConfig", "Study", "find_studies", "load_study"]
 

@@ -73,7 +73,7 @@ class StudyFile:
             remedy = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(known)}."
             return f"{place}: {name}: unknown key. {remedy}"
         if problem["type"] == "missing":
-            return f"{place}: {name}: missing. Add it."
+            return f"{place}: {name}: missing. Add it.{_meaning(model, keys)}"
         message = problem["msg"].removeprefix("Value error, ")
         if not name:
             return f"{place}: {message}"
@@ -89,6 +89,12 @@ class StudyFile:
             if not is_tag and ((*keys, item) in self.places or is_last):
                 keys = (*keys, item)
         return keys
+
+
+def _meaning(model: type[BaseModel], keys: Keys) -> str:
+    """What a key of the file's top level means, as its declaration says."""
+    field = model.model_fields.get(str(keys[0])) if len(keys) == 1 else None
+    return "" if field is None or not field.description else f" It is: {field.description}"
 
 
 def _parse(path: Path) -> tuple[dict[str, Any], dict[Keys, str]]:

@@ -1,10 +1,11 @@
 """The parameters of a study, composed of those that ``core/config`` declares."""
 
 import re
+from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from autointerp_dagster.core.config import (
     AdaptiveConfig,
@@ -34,27 +35,11 @@ from autointerp_dagster.core.config import (
     WindowEmbeddingsConfig,
 )
 from autointerp_dagster.core.types import Cell, LatentRange, LayerKey
+from autointerp_dagster.study.budget import BudgetConfig
+from autointerp_dagster.study.discovery import DISCOVER, DiscoveryConfig, Layers, check_layers
 
 MAX_KEYS = 99
 """Dagster stops tracking versions of edges of 100 and more partitions."""
-
-
-class BudgetConfig(Parameters, frozen=True):
-    """What may be spent on remote language models; null: no limit.
-
-    Checked before each call, which is not made if it could exceed the limit.
-    """
-
-    usd: float | None = Field(default=None, ge=0)
-    """Of one run. Needs the prices of every remote model."""
-    tokens: int | None = Field(default=None, ge=0)
-    """Of one run, prompt and completion tokens together."""
-    study_usd: float | None = Field(default=None, ge=0)
-    """Of all runs of the study together."""
-    study_tokens: int | None = Field(default=None, ge=0)
-    """Of all runs of the study together."""
-    hours: float | None = Field(default=None, gt=0)
-    """How long one asset may go on asking; then it stops cleanly, as for a budget."""
 
 
 class Study(Parameters, frozen=True):
@@ -67,9 +52,12 @@ class Study(Parameters, frozen=True):
     tokens: TokenConfig = TokenConfig()
     coders: dict[str, CoderConfig] = Field(min_length=1)
     """Sparse coders by name."""
-    layers: tuple[str, ...] = Field(min_length=1)
+    layers: Layers
     """Hookpoints, taken for every coder, or ``<coder>@<hookpoint>`` for one of them. In a file also
-    Unix patterns (``layers.*.mlp``) and TransformerLens names (``blocks.5.hook_resid_post``)."""
+    Unix patterns (``layers.*.mlp``) and TransformerLens names (``blocks.5.hook_resid_post``); or
+    ``discover`` alone: every coder that turns up, see ``discovery``."""
+    discovery: DiscoveryConfig = DiscoveryConfig()
+    """Has an effect with ``layers: discover`` only."""
     max_num_latents: int = Field(ge=1)
     """Width of the widest coder; the range dimension spans it."""
     range_size: int = Field(default=4096, ge=1)
@@ -97,10 +85,28 @@ class Study(Parameters, frozen=True):
     budget: BudgetConfig = BudgetConfig()
     store: str = "store"
     """Folder or URL of the results; a relative folder counts from the working directory."""
+    _found: dict[LayerKey, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def discovers(self) -> bool:
+        """Whether its layers are those that turn up, :meth:`with_found`."""
+        return self.layers == (DISCOVER,)
+
+    def with_found(self, addresses: Mapping[LayerKey, str]) -> "Study":
+        """The same study with these layers, if it discovers them; each with its address."""
+        study = self.model_copy()
+        study._found = dict(addresses)  # pyright: ignore[reportAttributeAccessIssue]
+        return study
+
+    def address_of(self, layer: LayerKey) -> str:
+        """What the coder's files are asked for: the hookpoint, or where a found one lies."""
+        return self._found.get(layer, layer.hookpoint)
 
     @property
     def layer_keys(self) -> tuple[LayerKey, ...]:
-        """The layers, in the file's order."""
+        """The layers, in the file's order; of a study that discovers, in that of their finding."""
+        if self.discovers:
+            return tuple(self._found)
         keys = [
             LayerKey.parse(layer) if "@" in layer else LayerKey(coder, layer)
             for layer in self.layers
@@ -127,6 +133,7 @@ class Study(Parameters, frozen=True):
 
     @model_validator(mode="after")
     def _check_layers(self) -> "Study":
+        check_layers(self.layers, self.coders.values())
         for layer in self.layer_keys:
             if layer.coder not in self.coders:
                 raise ValueError(
@@ -173,13 +180,15 @@ class Study(Parameters, frozen=True):
             "judge": self.models.judge,
             "base_lm": self.models.base_lm,
         }
-        limits = ("usd", "study_usd")
-        limit = next((n for n in limits if getattr(self.budget, n) is not None), None)
+        budget = self.budget
+        limits = {"budget.usd": budget.usd, "budget.study_usd": budget.study_usd}
+        limits |= {"discovery.nightly.usd": self.discovery.nightly.usd}
+        limit = next((name for name, usd in limits.items() if usd is not None), None)
         for part, config in models.items():
             is_free = isinstance(config, RemoteLLMConfig) and not config.has_price
             if limit is not None and is_free:
                 raise ValueError(
-                    f"budget.{limit}: models.{part} has no price, so the budget could never be "
+                    f"{limit}: models.{part} has no price, so the budget could never be "
                     "reached. Add usd_per_1m_prompt and usd_per_1m_completion, or use "
                     "budget.tokens."
                 )
@@ -376,7 +385,8 @@ class Study(Parameters, frozen=True):
     @property
     def matches_layers(self) -> bool:
         """Whether latents of two layers are matched and their explanations compared."""
-        return len(self.layer_keys) > 1 and self.models.embedder is not None
+        has_two = self.discovers or len(self.layer_keys) > 1
+        return has_two and self.models.embedder is not None
 
     @property
     def intervenes(self) -> bool:

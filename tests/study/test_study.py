@@ -210,6 +210,49 @@ def test_inputs_of_a_cell_of_a_layer_and_of_the_study(tmp_path):
     assert len(list(places_of(study, "cell"))) == 6
 
 
+DISCOVER = MINIMAL.replace("[layers.0, layers.1]", "discover")
+
+
+def test_a_study_that_discovers_has_the_layers_that_it_is_given(tmp_path):
+    study = load_study(write(tmp_path, DISCOVER))
+    assert (study.discovers, study.layer_keys, study.cells) == (True, (), ())
+    layers = (LayerKey("sae", "layers.1"), LayerKey("sae", "b:layers.0"))
+    found = study.with_found({layers[0]: "a/layers.1", layers[1]: "b/layers.0"})
+    assert (found.layer_keys, study.layer_keys) == (layers, ())
+    assert [found.address_of(layer) for layer in layers] == ["a/layers.1", "b/layers.0"]
+    assert len(found.cells) == 2 * len(study.ranges)
+    assert load_study(write(tmp_path)).address_of(layers[0]) == "layers.1"
+
+
+def test_the_graph_of_a_study_that_discovers_does_not_change_with_its_layers(tmp_path):
+    embedder = "  embedder: {source: e, query_prefix: ''}\ncorpus:"
+    study = load_study(write(tmp_path, DISCOVER.replace("corpus:", embedder)))
+    one = study.with_found({LayerKey("sae", "layers.1"): "layers.1"})
+    whole = STAGES["study_metrics"]
+    assert upstream_of(study, whole) == upstream_of(one, whole)
+    assert STAGES["explanations"] in upstream_of(one, whole)
+
+
+@pytest.mark.parametrize(
+    ("found", "replacement", "message"),
+    [
+        ("max_num_latents: 100\n", "", r"tiny\.yaml: max_num_latents: missing.* It is: Width"),
+        ("layers: discover", "layers: [discover, layers.1]", "discover stands alone"),
+        ("{path: saes}", "{format: neurons}", "looks among the files of coders, and none has any"),
+        ("range_size", "discovery: {nightly: {cron: '0 25 * * *'}}\nrange_size",
+         r"tiny.yaml:9: discovery.nightly.cron: hour '25': wanted \* or numbers from 0 to 23"),
+        ("range_size", "discovery: {nightly: {cron: '0 2 * *'}}\nrange_size", "five fields"),
+        ("range_size", "discovery: {nightly: {cron: '0 2 * JAN *'}}\nrange_size", "month 'JAN'"),
+        ("range_size", "discovery: {nightly: {timezone: Mars}}\nrange_size", "no such timezone"),
+        ("range_size", "discovery: {nightly: {usd: 3}}\nrange_size",
+         r"discovery\.nightly\.usd: models\.explainer has no price"),
+    ],
+)  # fmt: skip
+def test_what_discovery_cannot_do_is_said(tmp_path, found, replacement, message):
+    with pytest.raises(StudyError, match=message):
+        load_study(write(tmp_path, DISCOVER.replace(found, replacement)))
+
+
 def test_a_scorer_that_is_not_asked_for_is_no_stage_and_no_input(tmp_path):
     study = load_study(write(tmp_path))
     names = [stage.name for stage in stages_of(study)]

@@ -4,6 +4,8 @@ Each format's module tells its coders by the names of files, describes one from 
 builds it from its tensors; nothing else knows the format.
 """
 
+from autointerp_dagster.adapters.coder_files.candidates import Candidate, list_candidates
+from autointerp_dagster.adapters.coder_files.files import NotFetchedError, look_again
 from autointerp_dagster.adapters.coder_files.opening import (
     LoadedCoder,
     check_fits,
@@ -16,12 +18,16 @@ from autointerp_dagster.adapters.coder_files.opening import (
 from autointerp_dagster.adapters.coder_files.public import load_sparse_coder
 
 __all__ = [
+    "Candidate",
     "LoadedCoder",
+    "NotFetchedError",
     "check_fits",
     "check_width",
     "coder_identity",
     "discover_hookpoints",
+    "list_candidates",
     "load_sparse_coder",
+    "look_again",
     "open_coder",
     "published_l0",
 ]

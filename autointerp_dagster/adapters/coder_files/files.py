@@ -25,6 +25,10 @@ _RUN_CONFIG = "../config.json"
 logger = logging.getLogger(__name__)
 
 
+class NotFetchedError(CoderError):
+    """The hub does not give a file or a listing now; later it may."""
+
+
 @dataclass(frozen=True, slots=True)
 class CoderFiles:
     """Files by name, without reading them."""
@@ -54,6 +58,11 @@ def open_files(config: FileCoderConfig) -> CoderFiles:
         return _open_repo(config.repo, config.revision, constants.ENDPOINT, constants.HF_HUB_CACHE)
     assert config.path is not None  # checked by the configuration
     return _open_path(config.path.expanduser())
+
+
+def look_again() -> None:
+    """Forget at which commits repositories stood: the next look asks the hub."""
+    _open_repo.cache_clear()
 
 
 def _open_path(path: Path) -> CoderFiles:
@@ -113,14 +122,14 @@ def _fetch(repo: str, commit: str, name: str) -> Path:
     try:
         return Path(hf_hub_download(repo, name, revision=commit))
     except (OSError, ValueError, EntryNotFoundError, httpx2.HTTPError) as error:
-        raise CoderError(
+        raise NotFetchedError(
             f"{repo}@{commit}/{name}: cannot be fetched ({told(error)}). Check the network, log "
             "in for a gated repository, unset HF_HUB_OFFLINE, or give a local folder as path."
         ) from error
 
 
 def _unreachable(repo: str, revision: str | None, error: Exception) -> CoderError:
-    return CoderError(
+    return NotFetchedError(
         f"coders {repo} (revision {revision or 'default'}): the hub's repository cannot be read "
         f"({told(error)}), and its cache does not hold it. Check repo and revision and the "
         "network, log in for a gated repository, unset HF_HUB_OFFLINE, or give a local folder as "

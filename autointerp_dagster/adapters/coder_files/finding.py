@@ -109,6 +109,30 @@ def hookpoints_of(config: FileCoderConfig, model_type: ModelType) -> list[str]:
     return sorted(names, key=natural_order)
 
 
+def finished_coders(config: FileCoderConfig) -> tuple[CoderFiles, list[tuple[Format, Unit]]]:
+    """The coders that lie there, spare checkpoints left out, in natural order of their paths.
+
+    They are told by names alone, so files of one may still be missing.
+
+    Raises:
+        CoderError: If there is none.
+    """
+    files = open_files(config)
+    return files, _finished(_selected(files, config))
+
+
+def place_coder(
+    files: CoderFiles, config: FileCoderConfig, item: tuple[Format, Unit], model_type: ModelType
+) -> Found:
+    """One of the coders that lie there with its place, from its settings.
+
+    Raises:
+        CoderError: If its settings are missing, damaged, or of a kind that is not supported.
+        ModelError: If a name in them is not known for the subject model.
+    """
+    return _place(files, config, *item, model_type)
+
+
 def _find(config: FileCoderConfig, hookpoint: str | None, model_type: ModelType) -> Found:
     files = open_files(config)
     units = _selected(files, config)

@@ -1,5 +1,6 @@
 """Coders with their place and the name of their content, checked before they are used."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -141,11 +142,16 @@ def discover_hookpoints(config: FileCoderConfig, model_type: ModelType = None) -
     return hookpoints_of(config, model_type)
 
 
+WidthOf = Callable[[str], int | None]
+"""Width of the vectors at a hookpoint; null: not known, so nothing is refused."""
+
+
 def check_fits(
     loaded: LoadedCoder,
     subject_model: SubjectModel,
     layer: LayerKey,
     max_num_latents: int | None = None,
+    width_of: WidthOf | None = None,
 ) -> None:
     """Refuse a coder that cannot be run at its place or is wider than the study's grid.
 
@@ -154,12 +160,13 @@ def check_fits(
         subject_model: Runs one token up to the hookpoints.
         layer: For the message.
         max_num_latents: Latents that the study's ranges cover; null: any number.
+        width_of: As in :func:`check_width`.
 
     Raises:
         CoderError: If its widths are not the hookpoints', or it has too many latents.
         ModelError: If the subject model has no such hookpoint.
     """
-    check_width(loaded.placed, subject_model, layer)
+    check_width(loaded.placed, subject_model, layer, width_of)
     num_latents = loaded.coder.num_latents
     if max_num_latents is not None and num_latents > max_num_latents:
         raise CoderError(
@@ -168,8 +175,19 @@ def check_fits(
         )
 
 
-def check_width(placed: PlacedCoder, subject_model: SubjectModel, layer: LayerKey) -> None:
+def check_width(
+    placed: PlacedCoder,
+    subject_model: SubjectModel,
+    layer: LayerKey,
+    width_of: WidthOf | None = None,
+) -> None:
     """Refuse a coder that was trained on vectors of another width, going in or coming out.
+
+    Args:
+        placed: The coder.
+        subject_model: Whose vectors it reads.
+        layer: For the message.
+        width_of: How widths are found; null: by running the model.
 
     Raises:
         CoderError: If the widths differ.
@@ -177,12 +195,11 @@ def check_width(placed: PlacedCoder, subject_model: SubjectModel, layer: LayerKe
     """
     coder, reads, writes = placed
     sides = {"d_in": (coder.d_in, reads), "d_out": (coder.d_out, writes)}
-    widths: dict[str, int] = {}
+    width_of = width_of or subject_model.width_of
+    widths = {hookpoint: width_of(hookpoint) for hookpoint in dict.fromkeys((reads, writes))}
     for name, (size, hookpoint) in sides.items():
-        if hookpoint not in widths:
-            widths[hookpoint] = subject_model.width_of(hookpoint)
         width = widths[hookpoint]
-        if size != width:
+        if width not in (None, size):
             raise CoderError(
                 f"{layer}: the coder's {name} is {size}, the vectors of "
                 f"{subject_model.config.source} at {hookpoint!r} have width {width}. "
