@@ -1,14 +1,22 @@
 """What a manifest says: what was made, from what, by which run, at what cost."""
 
+import hashlib
+import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
+from upath import UPath
 
 from autointerp_dagster.adapters.hashing import combined_hash, json_hash
+from autointerp_dagster.core.errors import StoreError
 
 FORMAT: Literal[1] = 1
 """Of manifest files; raised when a reader of the old ones would misread the new."""
+
+_MAX_PATH = 200
+_PATH = re.compile(r"\w+/[0-9a-f]+/[0-9a-f]+\.json")
 
 
 class _Entry(BaseModel):
@@ -148,3 +156,29 @@ def fingerprint_of(
 def content_hash_of(blobs: tuple[Blob, ...], status: str) -> str:
     """A cell's data version: over the logical content of all its blobs, and its status."""
     return combined_hash([("status", status), *((blob.name, blob.content_hash) for blob in blobs)])
+
+
+def is_manifest(path: str) -> bool:
+    """Whether a manifest may lie at this path, relative to the root."""
+    return len(path) < _MAX_PATH and _PATH.fullmatch(path) is not None
+
+
+def checked_manifest(root: UPath, path: str, data: bytes) -> Manifest:
+    """The manifest that was read at a path of a store.
+
+    Raises:
+        StoreError: If it was changed after it was written, or has a format that this version does
+            not read.
+    """
+    if hashlib.sha256(data).hexdigest()[:32] != Path(path).stem:
+        raise StoreError(
+            f"{root}/{path}: the content does not match the manifest's name. It was changed or "
+            "damaged; delete it and materialize the cell again."
+        )
+    try:
+        return Manifest.from_json(data).stored_at(path)
+    except ValueError as error:
+        raise StoreError(
+            f"{root}/{path}: a manifest of another version of this package: {error}. "
+            "Use that version, or materialize the cell again."
+        ) from error

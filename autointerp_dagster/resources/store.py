@@ -129,8 +129,8 @@ class StageRun(StageInputs):
         pending = []
         for place in self.asked() if places is None else places:
             found = self.made(place)
-            if found is not None:
-                self.store.set_head(self.study.name, self.stage.name, str(place), found)
+            head = (self.study.name, self.stage.name, str(place))
+            if found is not None and self.store.link(*head, found):
                 self._done[place] = (found, {})
                 self._context.log.info("%s %s: already in the store", self.stage.name, place)
             elif self.is_outside_coder(place):
