@@ -20,7 +20,7 @@ from autointerp_dagster.adapters.manifests import Blob, Manifest, Provenance, co
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.core.types import Cell, LayerKey, Place
 from autointerp_dagster.partitions import place_of
-from autointerp_dagster.resources.events import observe, report_place
+from autointerp_dagster.resources.events import Made, observe, report_places
 from autointerp_dagster.resources.stage_inputs import OUTSIDE_CODER, External, StageInputs
 from autointerp_dagster.resources.versions import code_revision, library_versions
 from autointerp_dagster.study import Study
@@ -94,7 +94,7 @@ class StageRun(StageInputs):
     ) -> None:
         super().__init__(store, study, stage, parameters, external)
         self._context = context
-        self._done: dict[Place, tuple[Manifest, Mapping[str, dg.MetadataValue]]] = {}
+        self._done: dict[Place, Made] = {}
         self._started = self._entered = time.time()
 
     def __enter__(self) -> Self:
@@ -127,16 +127,20 @@ class StageRun(StageInputs):
             StoreError: If an input was never materialized.
         """
         pending = []
-        for place in self.asked() if places is None else places:
+        wanted = self.asked() if places is None else places
+        for place in wanted:
             found = self.made(place)
             head = (self.study.name, self.stage.name, str(place))
             if found is not None and self.store.link(*head, found):
                 self._done[place] = (found, {})
-                self._context.log.info("%s %s: already in the store", self.stage.name, place)
             elif self.is_outside_coder(place):
                 self.commit(place, Commit([], {}, status=OUTSIDE_CODER))
             else:
                 pending.append(place)
+        self._context.log.info(  # one line: each is an event of Dagster's, too
+            "%s: %d of %d places to be made, the others are in the store",
+            *(self.stage.name, len(pending), len(wanted)),
+        )
         self._started = time.time()
         return pending
 
@@ -195,8 +199,7 @@ class StageRun(StageInputs):
         self._log_events()
 
     def _log_events(self) -> None:
-        for place, (manifest, shown) in self._done.items():
-            report_place(self._context, self.study, self.stage, place, manifest, shown)
+        report_places(self._context, self.study, self.stage, self._done)
         run_id = self._context.run_id
         new = [m for m, _ in self._done.values() if m.provenance.run_id == run_id]
         _logger.info(
