@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 export DAGSTER_HOME := $(CURDIR)/dagster_home
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test ui check bench slow clean
+.PHONY: demo test ui check bench rehearse slow clean
 .DEFAULT_GOAL := help
 
 help:  ## Say what there is.
@@ -43,6 +43,9 @@ check: $(READY)  ## Format, lint, types, import contracts, definitions, wheel: w
 
 bench: $(READY)  ## Run the benchmarks; one JSON line per bar.
 	$(BIN)/python -m benchmarks
+
+rehearse: $(READY)  ## Rehearse a study of 1,024 cells a stage (8 minutes); a JSON line per figure.
+	$(BIN)/python -m rehearsals
 
 clean:  ## Remove results, Dagster's records and the environment.
 	rm -rf store $(VENV) dagster_home/history dagster_home/schedules dagster_home/storage dagster_home/logs

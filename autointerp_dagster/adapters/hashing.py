@@ -7,6 +7,7 @@ buffers or the Parquet library's version; that is what makes a rerun recognisabl
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
@@ -100,6 +101,16 @@ def tensor_file_hash(file: BinaryIO, names: Collection[str] | None = None) -> st
             hasher.update(data)
             start += len(data)
     return hasher.hexdigest()
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file, in hex digits, read in pieces.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def combined_hash(named_hashes: Iterable[tuple[str, str]]) -> str:

@@ -1,18 +1,14 @@
 """Every head of a study, or of a whole store, read at once."""
 
-import re
 from typing import NamedTuple
 
 from autointerp_dagster.adapters.bulk import list_files, read_files
-from autointerp_dagster.adapters.manifests import Manifest, checked_manifest
+from autointerp_dagster.adapters.manifests import Manifest, checked_manifest, is_manifest
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.core.errors import StoreError
 
 Name = tuple[str, str]
 """(asset, place)."""
-
-_MAX_PATH = 200
-_PATH = re.compile(r"\w+/[0-9a-f]+/[0-9a-f]+\.json")
 
 
 class Heads(NamedTuple):
@@ -80,11 +76,6 @@ def read_manifests(store: Store, paths: set[str]) -> dict[str, Manifest | StoreE
 def lost(store: Store, path: str) -> StoreError:
     """The error of a file that is not there."""
     return StoreError(f"{store.root}/{path}: missing. Materialize the cell that wrote it again.")
-
-
-def is_manifest(path: str) -> bool:
-    """Whether a manifest may lie at this path."""
-    return len(path) < _MAX_PATH and _PATH.fullmatch(path) is not None
 
 
 def is_temporary(path: str) -> bool:

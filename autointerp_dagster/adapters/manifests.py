@@ -1,6 +1,7 @@
 """What a manifest says: what was made, from what, by which run, at what cost."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,6 +14,9 @@ from autointerp_dagster.core.errors import StoreError
 
 FORMAT: Literal[1] = 1
 """Of manifest files; raised when a reader of the old ones would misread the new."""
+
+_MAX_PATH = 200
+_PATH = re.compile(r"\w+/[0-9a-f]+/[0-9a-f]+\.json")
 
 
 class _Entry(BaseModel):
@@ -152,6 +156,11 @@ def fingerprint_of(
 def content_hash_of(blobs: tuple[Blob, ...], status: str) -> str:
     """A cell's data version: over the logical content of all its blobs, and its status."""
     return combined_hash([("status", status), *((blob.name, blob.content_hash) for blob in blobs)])
+
+
+def is_manifest(path: str) -> bool:
+    """Whether a manifest may lie at this path, relative to the root."""
+    return len(path) < _MAX_PATH and _PATH.fullmatch(path) is not None
 
 
 def checked_manifest(root: UPath, path: str, data: bytes) -> Manifest:

@@ -14,10 +14,9 @@ import io
 import logging
 import os
 import tempfile
-import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +29,15 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from upath import UPath
 
-from autointerp_dagster.adapters.hashing import HASH_BLOCK, table_hash, tensors_hash
-from autointerp_dagster.adapters.manifests import Blob, Manifest, Part, checked_manifest
+from autointerp_dagster.adapters.hashing import HASH_BLOCK, file_checksum, table_hash, tensors_hash
+from autointerp_dagster.adapters.local_files import TEMPORARY, remove_forgotten, write_whole
+from autointerp_dagster.adapters.manifests import (
+    Blob,
+    Manifest,
+    Part,
+    checked_manifest,
+    is_manifest,
+)
 from autointerp_dagster.adapters.parquet import (
     FilePart,
     WrittenTable,
@@ -39,12 +45,10 @@ from autointerp_dagster.adapters.parquet import (
     encodings,
     write_frames,
 )
+from autointerp_dagster.adapters.renewing import is_reusable, renew
 from autointerp_dagster.adapters.tensor_files import mapped_tensors
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.schemas import Table
-
-_TEMPORARY = ".autointerp-"
-_FORGOTTEN_AFTER_S = 24 * 3600.0
 
 _logger = logging.getLogger(__name__)
 
@@ -105,11 +109,11 @@ class Store:
         """
         is_local = self.root.protocol in ("", "file")
         folder = Path(self.root.path) / "blobs" if is_local else Path(tempfile.gettempdir())
-        temporary = folder / f"{_TEMPORARY}{uuid.uuid4().hex}.tmp"
+        temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}.tmp"
         try:
             with self._writes("blobs"):
                 folder.mkdir(parents=True, exist_ok=True)
-                _remove_forgotten(folder)
+                remove_forgotten(folder)
                 with temporary.open("wb") as file:
                     written = write_frames(file, table, frames)
                     file.flush()
@@ -159,9 +163,8 @@ class Store:
         Raises:
             StoreError: If the blob is missing or its bytes are not those that were written.
         """
-        frame = pl.from_arrow(
-            pq.read_table(pa.BufferReader(self._verified_bytes(blob)), filters=where)
-        )
+        data = pa.BufferReader(self._verified_bytes(blob))
+        frame = pl.from_arrow(pq.read_table(data, filters=where))
         assert isinstance(frame, pl.DataFrame)
         return frame
 
@@ -183,9 +186,8 @@ class Store:
             return self.tensors(blob)
         path = Path((self.root / blob.path).path)
         with self._reads(blob.path):
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != blob.checksum:
-                    raise self._damaged(blob, "the checksum is")
+            if file_checksum(path) != blob.checksum:
+                raise self._damaged(blob, "the checksum is")
             return mapped_tensors(path)
 
     def read_parts(self, blob: Blob, parts: Sequence[FilePart]) -> bytes:
@@ -251,6 +253,13 @@ class Store:
         """Remembers a finished piece of a cell, so that a rerun does not make it again."""
         self._write(f"parts/{stage}/{part.fingerprint}.json", part.to_json())
 
+    def take_part(self, stage: str, fingerprint: str) -> Part | None:
+        """As :meth:`find_part`, for use in a manifest to come: until then nobody prunes it."""
+        part = self.find_part(stage, fingerprint)
+        path = f"parts/{stage}/{fingerprint}.json"
+        with self._writes(path):
+            return part if part is not None and renew(self.root, path) else None
+
     def find_part(self, stage: str, fingerprint: str) -> Part | None:
         """The finished piece with these inputs, or null.
 
@@ -267,17 +276,47 @@ class Store:
         return part if self._has(part.blob) else None
 
     def set_head(self, study: str, asset: str, cell: str, manifest: Manifest) -> None:
-        """Makes ``manifest`` the current one of a cell."""
+        """Makes ``manifest``, which was just committed, the current one of a cell.
+
+        The one before becomes young: from now on it is kept for as long as superseded ones are.
+
+        Raises:
+            StoreError: If the store cannot be written.
+        """
         if manifest.path is None:
             raise ValueError(f"{study}/{asset}/{cell}: commit the manifest before pointing at it.")
+        before = self._pointer(study, asset, cell)
+        if before == manifest.path:
+            return
+        if before is not None and is_manifest(before):
+            with self._writes(before):
+                renew(self.root, before)
         self._write(f"heads/{study}/{asset}/{cell}", f"{manifest.path}\n".encode())
+
+    def link(self, study: str, asset: str, cell: str, manifest: Manifest) -> bool:
+        """As :meth:`set_head`, with a manifest that was there before; false if it is gone.
+
+        Raises:
+            StoreError: If the store cannot be written.
+        """
+        path = manifest.path or ""
+        if self._pointer(study, asset, cell) != path:
+            with self._writes(path):
+                if not renew(self.root, path):
+                    return False
+            self.set_head(study, asset, cell, manifest)
+        return True
 
     def head(self, study: str, asset: str, cell: str) -> Manifest | None:
         """The current manifest of a cell, or null if it was never materialized."""
+        path = self._pointer(study, asset, cell)
+        return None if path is None else self.manifest(path)
+
+    def _pointer(self, study: str, asset: str, cell: str) -> str | None:
         path = f"heads/{study}/{asset}/{cell}"
         if not (self.root / path).exists():
             return None
-        return self.manifest(self._read(path).decode().strip())
+        return self._read(path).decode(errors="replace").strip()
 
     def _readable(self, path: str) -> Manifest | None:
         try:
@@ -294,7 +333,7 @@ class Store:
     ) -> Blob:
         checksum = hashlib.sha256(data).hexdigest()
         path = f"blobs/{checksum[:2]}/{checksum}.{suffix}"
-        if not (self.root / path).exists():
+        if not is_reusable(self.root, path):
             self._write(path, data)
         return Blob(
             name=name,
@@ -342,9 +381,9 @@ class Store:
 
     def _take(self, temporary: Path, path: str, *, is_local: bool) -> None:
         """Makes a finished local file the one at ``path``, unless it is there already."""
-        target = self.root / path
-        if target.exists():
+        if is_reusable(self.root, path):
             return
+        target = self.root / path
         if is_local:
             Path(target.path).parent.mkdir(parents=True, exist_ok=True)
             temporary.replace(target.path)
@@ -360,29 +399,3 @@ class Store:
                 f"{self.root}/{path}: cannot be written: {error}. Nothing of it will be read; "
                 "free space or fix the permissions and run again."
             ) from error
-
-
-def _remove_forgotten(folder: Path) -> None:
-    """Removes temporary files that nobody has written to for a day."""
-    for path in folder.glob(f"{_TEMPORARY}*.tmp"):
-        with suppress(OSError):  # gone meanwhile, or another user's
-            if time.time() - path.stat().st_mtime >= _FORGOTTEN_AFTER_S:
-                path.unlink()
-
-
-def write_whole(target: Path, data: bytes) -> None:
-    """Writes a local file: it is there with all of its bytes, on disk, or as it was before.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)

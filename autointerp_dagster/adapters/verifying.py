@@ -21,9 +21,15 @@ import pyarrow as pa
 
 from autointerp_dagster.adapters.bulk import list_files
 from autointerp_dagster.adapters.hashing import tensor_file_hash
-from autointerp_dagster.adapters.heads import Name, is_manifest, read_manifests, read_pointers
+from autointerp_dagster.adapters.heads import Name, read_manifests, read_pointers
 from autointerp_dagster.adapters.llm.journal.durable import is_local, store_errors
-from autointerp_dagster.adapters.manifests import Blob, Manifest, content_hash_of, fingerprint_of
+from autointerp_dagster.adapters.manifests import (
+    Blob,
+    Manifest,
+    content_hash_of,
+    fingerprint_of,
+    is_manifest,
+)
 from autointerp_dagster.adapters.parquet import table_file_hash
 from autointerp_dagster.adapters.shards import CONTENT, OFFSETS
 from autointerp_dagster.adapters.storage import Store

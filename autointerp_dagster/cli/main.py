@@ -1,4 +1,4 @@
-"""The commands: run, plan, judge, status, discover, stale, why, compare, verify; and batch."""
+"""The commands: run, plan, judge, status, discover, stale, why, compare, verify, gc; and batch."""
 
 import logging
 import sys
@@ -8,6 +8,7 @@ from typing import Annotated
 import transformers
 import typer
 
+from autointerp_dagster.adapters.pruning.survey import SUPERSEDED_DAYS
 from autointerp_dagster.adapters.ratings import read_ratings
 from autointerp_dagster.adapters.verifying import discard, verify
 from autointerp_dagster.cli import batch_commands
@@ -17,6 +18,14 @@ from autointerp_dagster.cli.compare import (
     print_ratings,
 )
 from autointerp_dagster.cli.discover import look_by_hand, print_discovered, print_look
+from autointerp_dagster.cli.gc import (
+    named_studies,
+    print_pruned,
+    pruned,
+    pruned_as_json,
+    pruned_spools,
+    stores_of,
+)
 from autointerp_dagster.cli.judge import calibration_as_json, print_calibration
 from autointerp_dagster.cli.plan import missing_records, plan_as_json, print_plan
 from autointerp_dagster.cli.report import print_report
@@ -29,6 +38,7 @@ from autointerp_dagster.cli.shared import (
     console,
     dagster_instance,
     plain_errors,
+    studies_folder,
     study_of,
 )
 from autointerp_dagster.cli.stale import print_stale, stale_as_json
@@ -317,6 +327,40 @@ def verify_(
         print_discarded(discard(store, found), console)
     if found.faults:
         raise typer.Exit(1)
+
+
+@app.command()
+@plain_errors
+def gc(
+    studies: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[STUDY ...]", help="Study files or names, whose stores are meant."),
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="The stores of all studies of the studies folder.")
+    ] = False,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete what is listed; otherwise nothing is touched.")
+    ] = False,
+    superseded_days: Annotated[
+        float,
+        typer.Option(min=1.0, help="Keep what newer results replaced for so many days."),
+    ] = SUPERSEDED_DAYS,
+    as_json: JsonOption = False,
+) -> None:
+    """List what the stores of some studies do not need any more; with --delete, delete it.
+
+    Kept is all that any study's present results rest on, whatever they replaced in the last 30
+    days, the language models' answers about their coders, and every file younger than a day. Runs
+    may go on meanwhile. Killed at any moment, it leaves a whole store.
+    """
+    chosen = named_studies(studies, every, studies_folder(), study_of)
+    found = [pruned(store, superseded_days, delete) for store in stores_of(chosen)]
+    spools = pruned_spools(delete)
+    if as_json:
+        typer.echo(pruned_as_json(found, spools))
+    else:
+        print_pruned(found, spools, console)
 
 
 class _ConsoleLines(logging.Handler):

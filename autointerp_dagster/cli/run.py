@@ -74,6 +74,15 @@ class Selection:
         last = names.index(until) if until else len(names) - 1
         return cls(cells, tuple(made[: last + 1]))
 
+    def layers(self, study: Study) -> list[LayerKey]:
+        """The layers of its cells, in the study's order."""
+        mine = {cell.layer for cell in self.cells}
+        return [layer for layer in study.layer_keys if layer in mine]
+
+    def spans_ranges(self, study: Study) -> bool:
+        """Whether every range of the study is in it, so that whole layers can be made."""
+        return {cell.range for cell in self.cells} == set(study.ranges)
+
     def is_whole(self, study: Study) -> bool:
         """Whether nothing of the study is left out."""
         made = [stage for stage in stages_of(study) if not stage.is_external]
@@ -133,6 +142,20 @@ def _runs_over(
     """
     wholes = [stage for stage in selection.stages if (stage.name, str(WholeStudy())) in only]
     yield [stage for stage in wholes if not stage.follows], []
+    yield from _cell_runs_over(study, selection, only)
+    for stage in selection.stages if selection.spans_ranges(study) else ():
+        if stage.scope == "layer":
+            layers = selection.layers(study)
+            due = [layer for layer in layers if (stage.name, str(layer)) in only]
+            for block in _blocks(due, study.layer_keys):
+                yield [stage], list(block)
+    if selection.is_whole(study):
+        yield [stage for stage in wholes if stage.follows], []
+
+
+def _cell_runs_over(
+    study: Study, selection: Selection, only: Collection[Name]
+) -> Iterator[tuple[list[Stage], list[Place]]]:
     phases: list[list[Stage]] = [[]]
     for stage in selection.stages:
         if stage.scope == "cell":
@@ -146,11 +169,6 @@ def _runs_over(
         for stages, cells in groups.items():
             for rectangle in _rectangles(study, cells):
                 yield list(stages), list(rectangle)
-    for stages, places in _runs(study, selection):
-        if stages and stages[0].scope == "layer":
-            yield [stage for stage in stages if (stage.name, str(places[0])) in only], places
-        elif stages and stages[0].follows:
-            yield [stage for stage in wholes if stage.follows], []
 
 
 def _runs(study: Study, selection: Selection) -> Iterator[tuple[list[Stage], list[Place]]]:
@@ -163,11 +181,9 @@ def _runs(study: Study, selection: Selection) -> Iterator[tuple[list[Stage], lis
     for corner_cells in _rectangles(study, selection.cells):
         yield [*first, *by_scope["cell"]], list(corner_cells)
         first = []
-    layers = [layer for layer in study.layer_keys if layer in {c.layer for c in selection.cells}]
-    covers_ranges = {cell.range for cell in selection.cells} == set(study.ranges)
-    if by_scope["layer"] and covers_ranges:
-        for layer in layers:
-            yield by_scope["layer"], [layer]
+    if by_scope["layer"] and selection.spans_ranges(study):
+        for block in _blocks(selection.layers(study), study.layer_keys):
+            yield by_scope["layer"], list(block)
     if selection.is_whole(study):
         yield [stage for stage in by_scope["study"] if stage.follows], []
 
@@ -267,7 +283,8 @@ def _rectangles(study: Study, cells: Sequence[Cell]) -> list[list[Cell]]:
     ]
 
 
-def _blocks(chosen: list[T], order: tuple[T, ...]) -> list[list[T]]:
+def _blocks(chosen: list[T], order: Sequence[T]) -> list[list[T]]:
+    """What of an order is chosen, as stretches without a gap."""
     blocks: list[list[T]] = []
     for item in chosen:
         follows = blocks and order.index(item) == order.index(blocks[-1][-1]) + 1

@@ -5,8 +5,9 @@ each place gets an ``AssetMaterialization`` of its own, the last word on it, wit
 as data version and, for every input, the version and event that were current.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import dagster as dg
 
@@ -25,6 +26,20 @@ _INPUT_POINTER = "dagster/input_event_pointer/"
 About = Mapping[str, Callable[[], Mapping[str, Any]]]
 """By external input: what is shown of it beside its version, for people."""
 
+_TOGETHER = 500
+"""Partitions that one query asks for."""
+_EVENTS_EACH = 2
+"""A run writes two per place."""
+
+Made = tuple[Manifest, Mapping[str, dg.MetadataValue]]
+"""What a place holds now, and tables and plots for the UI only."""
+
+
+class _Event(NamedTuple):
+    version: str
+    """Of the data."""
+    storage_id: int
+
 
 def asset_key(study: Study, stage: Stage) -> dg.AssetKey:
     """The key of a stage's asset in a study."""
@@ -41,8 +56,8 @@ def observe(
 ) -> None:
     """Records the version of an external input, unless it is the one recorded last."""
     key, partition = asset_key(study, stage), partition_key(place)
-    last = _latest(context.instance, stage, key, partition)
-    if last is not None and last[0] == version:
+    last = _newest(context.instance, stage, key, [partition]).get(partition)
+    if last is not None and last.version == version:
         return
     shown = about[stage.name]() if stage.name in about else {}
     context.log_event(
@@ -60,8 +75,8 @@ def observe_outside_runs(
 ) -> None:
     """As :func:`observe`, where nothing is run: what is made of another version becomes stale."""
     key, partition = asset_key(study, stage), partition_key(place)
-    last = _latest(instance, stage, key, partition)
-    if last is None or last[0] != version:
+    last = _newest(instance, stage, key, [partition]).get(partition)
+    if last is None or last.version != version:
         instance.report_runless_asset_event(
             dg.AssetObservation(
                 key, partition=partition, metadata=shown, tags={_DATA_VERSION: version}
@@ -69,77 +84,104 @@ def observe_outside_runs(
         )
 
 
-def report_place(
-    context: dg.AssetExecutionContext,
-    study: Study,
-    stage: Stage,
-    place: Place,
-    manifest: Manifest,
-    shown: Mapping[str, dg.MetadataValue],
+def report_places(
+    context: dg.AssetExecutionContext, study: Study, stage: Stage, made: Mapping[Place, Made]
 ) -> None:
-    """Records the materialization of one place, as its manifest describes it.
+    """Records the materialization of some places, as their manifests describe them.
 
     What was cut short carries a code version of its own, so that Dagster calls it stale: a run
     would not take it as it is.
     """
     version = code_version(study, stage)
-    tags = {
-        _CODE_VERSION: version if manifest.complete else f"{version}.cut_short",
-        _DATA_VERSION: manifest.content_hash,
-        _USER_PROVIDED: "true",
+    inputs = {
+        upstream: _Versions.of(context.instance, study, stage, upstream, made)
+        for upstream in upstream_of(study, stage)
     }
-    if isinstance(place, Cell):
-        tags |= {"dagster/partition/layer": str(place.layer)}
-        tags |= {"dagster/partition/range": str(place.range)}
-    for upstream in upstream_of(study, stage):
-        tags |= _input_tags(context.instance, study, stage, upstream, place)
-    context.log_event(
-        dg.AssetMaterialization(
-            asset_key(study, stage),
-            partition=partition_key(place),
-            metadata={**_metadata(manifest), **shown},
-            tags=tags,
-        )
-    )
-
-
-def _input_tags(
-    instance: dg.DagsterInstance, study: Study, stage: Stage, upstream: Stage, place: Place
-) -> dict[str, str]:
-    """Version and event of an input. For several partitions the newest event covers them all."""
-    key = asset_key(study, upstream)
-    records = [
-        _latest(instance, upstream, key, partition_key(source))
-        for source in inputs_at(study, stage, place, upstream)
-    ]
-    found = [record for record in records if record is not None]
-    if not found:
-        return {_INPUT_VERSION + key.to_user_string(): "INITIAL"} | {
-            _INPUT_POINTER + key.to_user_string(): "NULL"
+    for place, (manifest, shown) in made.items():
+        tags = {
+            _CODE_VERSION: version if manifest.complete else f"{version}.cut_short",
+            _DATA_VERSION: manifest.content_hash,
+            _USER_PROVIDED: "true",
         }
-    version, pointer = max(found, key=lambda record: record[1])
-    return {
-        _INPUT_VERSION + key.to_user_string(): version,
-        _INPUT_POINTER + key.to_user_string(): str(pointer),
-    }
+        if isinstance(place, Cell):
+            tags |= {"dagster/partition/layer": str(place.layer)}
+            tags |= {"dagster/partition/range": str(place.range)}
+        for upstream, versions in inputs.items():
+            tags |= versions.tags(inputs_at(study, stage, place, upstream))
+        context.log_event(
+            dg.AssetMaterialization(
+                asset_key(study, stage),
+                partition=partition_key(place),
+                metadata={**_metadata(manifest), **shown},
+                tags=tags,
+            )
+        )
 
 
-def _latest(
-    instance: dg.DagsterInstance, stage: Stage, key: dg.AssetKey, partition: str | None
-) -> tuple[str, int] | None:
-    """Data version and storage id of the newest event of one place."""
-    where = dg.AssetRecordsFilter(
-        asset_key=key, asset_partitions=None if partition is None else [partition]
-    )
-    if stage.is_external:
-        records = instance.fetch_observations(where, limit=1).records
-        event = records[0].asset_observation if records else None
-    else:
-        records = instance.fetch_materializations(where, limit=1).records
-        event = records[0].asset_materialization if records else None
-    if event is None:
-        return None
-    return (event.tags or {}).get(_DATA_VERSION, "INITIAL"), records[0].storage_id
+@dataclass(frozen=True, slots=True)
+class _Versions:
+    """What Dagster knows of an input, at every place that some places are made from."""
+
+    key: str
+    """Of the input, as users write it."""
+    newest: Mapping[str | None, _Event]
+    """By partition."""
+
+    @classmethod
+    def of(
+        cls,
+        instance: dg.DagsterInstance,
+        study: Study,
+        stage: Stage,
+        upstream: Stage,
+        places: Iterable[Place],
+    ) -> "_Versions":
+        """Asks for all places at once: one by one it would be most of a cell's cost."""
+        key = asset_key(study, upstream)
+        sources = {
+            partition_key(source): None
+            for place in places
+            for source in inputs_at(study, stage, place, upstream)
+        }
+        return cls(key.to_user_string(), _newest(instance, upstream, key, list(sources)))
+
+    def tags(self, sources: Iterable[Place]) -> dict[str, str]:
+        """Version and event of some places. For several the newest event covers them all."""
+        keys = map(partition_key, sources)
+        found = [self.newest[key] for key in keys if key in self.newest]
+        version, pointer = "INITIAL", "NULL"
+        if found:
+            version, storage_id = max(found, key=lambda event: event.storage_id)
+            pointer = str(storage_id)
+        return {_INPUT_VERSION + self.key: version, _INPUT_POINTER + self.key: pointer}
+
+
+def _newest(
+    instance: dg.DagsterInstance,
+    stage: Stage,
+    key: dg.AssetKey,
+    partitions: Sequence[str | None],
+) -> dict[str | None, _Event]:
+    """The newest event of each partition that has one; of all partitions null: the asset's."""
+    fetch = instance.fetch_observations if stage.is_external else instance.fetch_materializations
+    newest: dict[str | None, _Event] = {}
+    for start in range(0, len(partitions), _TOGETHER):
+        missing = set(partitions[start : start + _TOGETHER])
+        named = sorted(name for name in missing if name is not None)
+        where = dg.AssetRecordsFilter(asset_key=key, asset_partitions=named or None)
+        cursor: str | None = None
+        while missing:
+            page = fetch(where, limit=_EVENTS_EACH * len(missing), cursor=cursor)
+            for record in page.records:  # newest first
+                event = record.asset_observation or record.asset_materialization
+                if event is not None and event.partition in missing:
+                    missing.remove(event.partition)
+                    version = (event.tags or {}).get(_DATA_VERSION, "INITIAL")
+                    newest[event.partition] = _Event(version, record.storage_id)
+            cursor = page.cursor
+            if not page.has_more:
+                break
+    return newest
 
 
 def _metadata(manifest: Manifest) -> dict[str, dg.MetadataValue]:

@@ -8,9 +8,13 @@ import dagster as dg
 import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 PREVIEW_ROWS = 10
 _MAX_TEXT = 200
+_AXES = (0.14, 0.2, 0.83, 0.75)
+"""Of a figure. It is fixed, and numbers are plain: matplotlib's own layout, a patch per bin and
+typeset powers took twice the time, and each cell has such pictures."""
 _BARE_ADDRESS = re.compile(r"(://|@|www)", re.IGNORECASE)
 _ZERO_WIDTH_SPACE = "\N{ZERO WIDTH SPACE}"
 
@@ -31,8 +35,8 @@ def histogram(values: pl.Series, label: str, *, log: bool = False) -> dg.Metadat
         label: Of the horizontal axis, with its unit.
         log: Logarithmic bins.
     """
-    figure = Figure(figsize=(5, 2.5), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(5, 2.5))
+    axes = figure.add_axes(_AXES)
     numbers = values.cast(pl.Float64).to_numpy()
     if numbers.size:
         edges = (
@@ -40,9 +44,11 @@ def histogram(values: pl.Series, label: str, *, log: bool = False) -> dg.Metadat
             if log
             else np.linspace(numbers.min(), numbers.max() + 1e-9, 31)
         )
-        axes.hist(numbers, bins=edges.tolist())
+        axes.stairs(*np.histogram(numbers, edges), fill=True)
     if log:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:,g}"))
+        axes.minorticks_off()
     axes.set_xlabel(label)
     axes.set_ylabel("count")
     picture = io.BytesIO()

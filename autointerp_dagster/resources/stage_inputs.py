@@ -171,10 +171,10 @@ class StageInputs:
             parameters: As in :meth:`found_part`.
             make: Computes it; ``Part.fingerprint`` is filled in here.
         """
-        found = self.found_part(name, parameters)
+        fingerprint = self._part_fingerprint(name, parameters)
+        found = self.store.take_part(self.stage.name, fingerprint)
         if found is not None:
             return found
-        fingerprint = self._part_fingerprint(name, parameters)
         made = make().model_copy(update={"name": name, "fingerprint": fingerprint})
         if made.complete:
             self.store.put_part(self.stage.name, made)

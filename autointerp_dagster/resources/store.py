@@ -21,7 +21,7 @@ from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.core.errors import StudyError
 from autointerp_dagster.core.types import Cell, LayerKey, Place
 from autointerp_dagster.partitions import place_of
-from autointerp_dagster.resources.events import About, observe, report_place
+from autointerp_dagster.resources.events import About, Made, observe, report_places
 from autointerp_dagster.resources.stage_inputs import OUTSIDE_CODER, External, StageInputs
 from autointerp_dagster.resources.versions import code_revision, library_versions
 from autointerp_dagster.study import Study
@@ -99,7 +99,7 @@ class StageRun(StageInputs):
     ) -> None:
         super().__init__(store, study, stage, parameters, external)
         self._context, self._about = context, about
-        self._done: dict[Place, tuple[Manifest, Mapping[str, dg.MetadataValue]]] = {}
+        self._done: dict[Place, Made] = {}
         self._started = self._entered = time.time()
 
     def __enter__(self) -> Self:
@@ -144,16 +144,20 @@ class StageRun(StageInputs):
             StoreError: If an input was never materialized.
         """
         pending = []
-        for place in self.asked() if places is None else places:
+        wanted = self.asked() if places is None else places
+        for place in wanted:
             found = self.made(place)
-            if found is not None:
-                self.store.set_head(self.study.name, self.stage.name, str(place), found)
+            head = (self.study.name, self.stage.name, str(place))
+            if found is not None and self.store.link(*head, found):
                 self._done[place] = (found, {})
-                self._context.log.info("%s %s: already in the store", self.stage.name, place)
             elif self.is_outside_coder(place):
                 self.commit(place, Commit([], {}, status=OUTSIDE_CODER))
             else:
                 pending.append(place)
+        self._context.log.info(  # one line: each is an event of Dagster's, too
+            "%s: %d of %d places to be made, the others are in the store",
+            *(self.stage.name, len(pending), len(wanted)),
+        )
         self._started = time.time()
         return pending
 
@@ -212,8 +216,7 @@ class StageRun(StageInputs):
         self._log_events()
 
     def _log_events(self) -> None:
-        for place, (manifest, shown) in self._done.items():
-            report_place(self._context, self.study, self.stage, place, manifest, shown)
+        report_places(self._context, self.study, self.stage, self._done)
         run_id = self._context.run_id
         new = [m for m, _ in self._done.values() if m.provenance.run_id == run_id]
         _logger.info(

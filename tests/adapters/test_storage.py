@@ -107,6 +107,25 @@ def test_a_head_follows_the_newest_commit_and_the_old_manifest_stays(store):
     assert store.head("study", "activation_cache", "another") is None
 
 
+def test_a_head_that_stays_is_not_written_again(tmp_path):
+    store = Store(tmp_path)
+    made = manifest(store)
+    store.set_head("study", "activation_cache", "cell", made)
+    path = tmp_path / "heads/study/activation_cache/cell"
+    before = path.stat()
+    store.set_head("study", "activation_cache", "cell", made)
+    assert store.link("study", "activation_cache", "cell", made)
+    after = path.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_what_is_gone_is_not_linked(store):
+    gone = manifest(store)
+    (store.root / gone.path).unlink()
+    assert not store.link("study", "activation_cache", "cell", gone)
+    assert store.head("study", "activation_cache", "cell") is None
+
+
 def test_an_incomplete_manifest_never_satisfies_a_search(store):
     manifest(store, complete=False, finished="2026-01-03")
     assert store.find("activation_cache", "f") is None

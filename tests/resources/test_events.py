@@ -57,6 +57,19 @@ def test_an_event_points_at_the_event_of_each_input(toy: Toy) -> None:
         )
 
 
+def test_an_input_is_found_behind_many_newer_events_of_other_places(toy: Toy) -> None:
+    toy.run("token_dataset", "activation_cache")
+    for _ in range(9):  # two events each; of all six places together a run asks for twelve
+        toy.run("activation_cache", cells=slice(0, 1))
+    toy.run("latent_records")
+    for cell in toy.study.cells:
+        cache = toy.events("activation_cache", cell)[0]
+        assert input_of(toy, "latent_records", cell, "activation_cache") == (
+            toy.head("activation_cache", cell).content_hash,
+            str(cache.storage_id),
+        )
+
+
 def test_of_several_partitions_the_newest_event_is_named(toy: Toy) -> None:
     toy.run_all()
     cells = [cell for cell in toy.study.cells if cell.layer == H0]

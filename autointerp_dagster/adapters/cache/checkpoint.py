@@ -15,7 +15,7 @@ from typing import NamedTuple, Self
 import polars as pl
 from safetensors.numpy import load, save
 
-from autointerp_dagster.adapters.storage import write_whole
+from autointerp_dagster.adapters.local_files import write_whole
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.schemas import FIRING_COUNTS
 from autointerp_dagster.core.types import LayerKey

@@ -126,17 +126,26 @@ def folders_of(root: Path, key: str) -> Iterator[Path]:
     yield from root.glob(f"{key}-*/")
 
 
-def sweep(root: Path) -> None:
-    """Removes spools that nobody uses and nobody has touched for a week."""
-    if not root.is_dir():
-        return
-    for path in root.iterdir():
-        if not _NAME.fullmatch(path.name) or time.time() - _last_touched(path) < SWEPT_AFTER_S:
-            continue
+def forgotten(root: Path) -> list[Path]:
+    """Spools that nobody has touched for a week, by name; another process may still lock one."""
+    found = root.iterdir() if root.is_dir() else ()
+    return sorted(
+        path
+        for path in found
+        if _NAME.fullmatch(path.name) and time.time() - _last_touched(path) >= SWEPT_AFTER_S
+    )
+
+
+def sweep(root: Path) -> list[Path]:
+    """Removes spools that nobody uses and nobody has touched for a week; returns which."""
+    removed = []
+    for path in forgotten(root):
         folder = SpoolFolder.claim(path)
         if folder is not None:
             _logger.info("removed the spool %s, which nobody touched for a week", path)
             folder.remove()
+            removed.append(path)
+    return removed
 
 
 def _last_touched(path: Path) -> float:

@@ -12,7 +12,7 @@ from autointerp_dagster.adapters.cache.folders import SpoolFolder, folders_of
 from autointerp_dagster.adapters.cache.packing import KeyLayout
 from autointerp_dagster.adapters.cache.plan import PassPlan
 from autointerp_dagster.adapters.cache.spool import Spool, unwritable
-from autointerp_dagster.adapters.storage import write_whole
+from autointerp_dagster.adapters.local_files import write_whole
 from autointerp_dagster.core.activations import FiringCounts
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import Cell, LayerKey
