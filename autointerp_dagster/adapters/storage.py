@@ -184,9 +184,8 @@ class Store:
         """
         if self.root.protocol not in ("", "file"):
             return self.tensors(blob)
-        path = Path((self.root / blob.path).path)
         with self._reads(blob.path):
-            if file_checksum(path) != blob.checksum:
+            if file_checksum(path := Path((self.root / blob.path).path)) != blob.checksum:
                 raise self._damaged(blob, "the checksum is")
             return mapped_tensors(path)
 
