@@ -237,6 +237,13 @@ def test_answers_stay_as_long_as_anything_kept_is_about_their_coder(store: Store
     }  # fmt: skip
 
 
+def test_layers_that_were_found_stay_also_if_their_study_s_name_reads_as_a_hash(
+    store: Store,
+) -> None:
+    make_old(store, write(store, "discovery/abc/0123.json"), 400)
+    assert pruned(store) == set()
+
+
 def test_a_new_answer_keeps_all_answers_about_its_coder(store: Store) -> None:
     for path in ("journal/explanations/bb/0/1.parquet", "journal/score_fuzzing/bb/7/2.parquet"):
         make_old(store, write(store, path), 40)

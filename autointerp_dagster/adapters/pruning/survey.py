@@ -3,8 +3,8 @@
 Kept are heads, with every manifest that they reach; manifests that a head left, or that were
 written, less than 30 days ago, likewise; all blobs that these name, and the journal of the coders
 that they are about; finished pieces of cells younger than that; and whatever is younger than a day,
-for a run may be about to name it. Never touched are heads, what was spent, the records of batches,
-prompts' beginnings, and write-ahead logs: the next run seals these.
+for a run may be about to name it. Never touched are heads, the layers that were found, what was
+spent, the records of batches, prompts' beginnings, and write-ahead logs: the next run seals these.
 """
 
 import sys
@@ -28,7 +28,7 @@ DAY_S = 24 * 3600.0
 YOUNG_S = DAY_S
 SUPERSEDED_DAYS = 30.0
 
-_KEPT = ("heads", "spend", "batches", "journal-templates", "journal-wal")
+_KEPT = ("heads", "discovery", "spend", "batches", "journal-templates", "journal-wal")
 
 
 class Doomed(NamedTuple):
