@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from upath import UPath
 
-from autointerp_dagster.adapters.llm.journal.durable import is_local, store_errors
+from autointerp_dagster.adapters.durable import is_local, store_errors
 from autointerp_dagster.core.errors import StoreError
 
 _TOGETHER = 256

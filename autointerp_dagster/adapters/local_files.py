@@ -12,7 +12,7 @@ TEMPORARY = ".autointerp-"
 _FORGOTTEN_AFTER_S = 24 * 3600.0
 
 
-def write_whole(target: Path, data: bytes) -> None:
+def write_whole(target: Path, data: bytes | memoryview) -> None:
     """Writes a local file: it is there with all of its bytes, on disk, or as it was before.
 
     Raises:

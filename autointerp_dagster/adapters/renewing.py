@@ -12,7 +12,7 @@ from pathlib import Path
 from upath import UPath
 
 from autointerp_dagster.adapters.bulk import look_at
-from autointerp_dagster.adapters.llm.journal.durable import is_local
+from autointerp_dagster.adapters.durable import is_local
 
 _YOUNG_S = 12 * 3600.0
 """Half of the age at which anything is ever pruned; clocks may differ by the other half."""

@@ -29,8 +29,9 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from upath import UPath
 
+from autointerp_dagster.adapters.durable import is_local, write_durably
 from autointerp_dagster.adapters.hashing import HASH_BLOCK, file_checksum, table_hash, tensors_hash
-from autointerp_dagster.adapters.local_files import TEMPORARY, remove_forgotten, write_whole
+from autointerp_dagster.adapters.local_files import TEMPORARY, remove_forgotten
 from autointerp_dagster.adapters.manifests import (
     Blob,
     Manifest,
@@ -107,8 +108,8 @@ class Store:
             StoreError: If the store cannot be written, e.g. a full disk.
             ValueError: If rows are not in order, repeat a key, or have other columns.
         """
-        is_local = self.root.protocol in ("", "file")
-        folder = Path(self.root.path) / "blobs" if is_local else Path(tempfile.gettempdir())
+        on_disk = is_local(self.root)
+        folder = Path(self.root.path) / "blobs" if on_disk else Path(tempfile.gettempdir())
         temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}.tmp"
         try:
             with self._writes("blobs"):
@@ -119,7 +120,7 @@ class Store:
                     file.flush()
                     os.fsync(file.fileno())
                 path = f"blobs/{written.checksum[:2]}/{written.checksum}.parquet"
-                self._take(temporary, path, is_local=is_local)
+                self._take(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         blob = Blob(
@@ -182,7 +183,7 @@ class Store:
         Raises:
             StoreError: As :meth:`tensors`; all bytes are compared before this returns.
         """
-        if self.root.protocol not in ("", "file"):
+        if not is_local(self.root):
             return self.tensors(blob)
         with self._reads(blob.path):
             if file_checksum(path := Path((self.root / blob.path).path)) != blob.checksum:
@@ -202,7 +203,7 @@ class Store:
         path, start, stop = self.root / blob.path, parts[0].start, parts[-1].stop
         data: Any = None
         with self._reads(blob.path):
-            if self.root.protocol in ("", "file"):
+            if is_local(self.root):
                 with Path(path.path).open("rb") as file:
                     file.seek(start)
                     data = file.read(stop - start)
@@ -371,19 +372,15 @@ class Store:
             raise StoreError(f"{self.root}/{path}: cannot be read: {error}.") from error
 
     def _write(self, path: str, data: bytes) -> None:
-        target = self.root / path
         with self._writes(path):
-            if self.root.protocol in ("", "file"):
-                write_whole(Path(target.path), data)
-            else:
-                target.fs.pipe_file(target.path, data)  # one PUT: all or nothing
+            write_durably(self.root / path, data)
 
-    def _take(self, temporary: Path, path: str, *, is_local: bool) -> None:
+    def _take(self, temporary: Path, path: str) -> None:
         """Makes a finished local file the one at ``path``, unless it is there already."""
         if is_reusable(self.root, path):
             return
         target = self.root / path
-        if is_local:
+        if is_local(self.root):
             Path(target.path).parent.mkdir(parents=True, exist_ok=True)
             temporary.replace(target.path)
         else:

@@ -20,9 +20,9 @@ from typing import BinaryIO, Literal, NamedTuple
 import pyarrow as pa
 
 from autointerp_dagster.adapters.bulk import list_files
+from autointerp_dagster.adapters.durable import is_local, store_errors
 from autointerp_dagster.adapters.hashing import tensor_file_hash
 from autointerp_dagster.adapters.heads import Name, read_manifests, read_pointers
-from autointerp_dagster.adapters.llm.journal.durable import is_local, store_errors
 from autointerp_dagster.adapters.manifests import (
     Blob,
     Manifest,

@@ -237,10 +237,8 @@ def test_answers_stay_as_long_as_anything_kept_is_about_their_coder(store: Store
     }  # fmt: skip
 
 
-def test_layers_that_were_found_stay_also_if_their_study_s_name_reads_as_a_hash(
-    store: Store,
-) -> None:
-    make_old(store, write(store, "discovery/abc/0123.json"), 400)
+def test_layers_that_were_found_stay(store: Store) -> None:
+    make_old(store, write(store, "discovery/abc/layers/sae@h.1.json"), 400)
     assert pruned(store) == set()
 
 
@@ -254,7 +252,7 @@ def test_a_new_answer_keeps_all_answers_about_its_coder(store: Store) -> None:
 def test_what_killed_processes_left_goes_after_a_day(store: Store) -> None:
     left = [
         "blobs/.autointerp-0a.tmp", "heads/s/a/.c.1.tmp", "journal/explanations/a/0/.1.tmp",
-        "journal-wal/.1.jsonl.new", "spend/s/run/1.tmp", "parts/a/.1.json.2.tmp",
+        "journal-wal/.1.jsonl.new", "spend/s/run/.1.json.2.tmp", "parts/a/.1.json.2.tmp",
     ]  # fmt: skip
     for path in left:
         make_old(store, write(store, path), 1.5)

@@ -1,6 +1,7 @@
 """A study takes its text from the hub or as tokens, and says which version of it was read."""
 
 import json
+import shutil
 from pathlib import Path
 
 import dagster as dg
@@ -26,6 +27,16 @@ HUB = {"kind": "hub", "repo": REPO, "path": None}
 def files(tmp_path: Path, world: Path, instance: dg.DagsterInstance) -> Bench:
     """On the folder of text."""
     return Bench(tmp_path / "files", world, "http://127.0.0.1:9/v1", instance)
+
+
+@pytest.fixture
+def published(files: Bench, hub: HubServer, tmp_path: Path) -> Path:
+    """A folder with the corpus, as it lies on the hub; to be changed and published again."""
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    shutil.copy(files.world / "corpus" / "texts.jsonl", folder / "train.jsonl")
+    hub.add(REPO, folder, kind="datasets")
+    return folder
 
 
 def with_corpus(bench: Bench, folder: Path, **corpus: object) -> Bench:
@@ -55,17 +66,12 @@ def test_the_same_files_on_the_hub_are_the_same_token_dataset(
 
 
 def test_a_commit_that_leaves_the_text_alone_makes_nothing_downstream_stale(
-    files: Bench, hub: HubServer, tmp_path: Path
+    files: Bench, hub: HubServer, published: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "dataset"
-    folder.mkdir()
-    text = (files.world / "corpus" / "texts.jsonl").read_text()
-    (folder / "train.jsonl").write_text(text)
-    hub.add(REPO, folder, kind="datasets")
     bench = with_corpus(files, tmp_path / "hub", **HUB)
     before = made(bench)
-    (folder / "README.md").write_text("About.")
-    commit = hub.add(REPO, folder, kind="datasets")
+    (published / "README.md").write_text("About.")
+    commit = hub.add(REPO, published, kind="datasets")
     after = made(bench)
     assert after.summary["corpus"]["commit"] == commit
     assert after.input_fingerprint != before.input_fingerprint
@@ -73,18 +79,14 @@ def test_a_commit_that_leaves_the_text_alone_makes_nothing_downstream_stale(
 
 
 def test_the_tokens_are_of_the_commit_that_is_recorded_though_the_branch_has_moved(
-    files: Bench, hub: HubServer, tmp_path: Path
+    files: Bench, hub: HubServer, published: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "dataset"
-    folder.mkdir()
-    text = (files.world / "corpus" / "texts.jsonl").read_text()
-    (folder / "train.jsonl").write_text(text)
-    hub.add(REPO, folder, kind="datasets")
     study = with_corpus(files, tmp_path / "hub", **HUB).study
     corpus, model = Corpora().of(study), open_subject_model(study.models.subject)
     identity = corpus.identity()
-    (folder / "train.jsonl").write_text(text.replace("the", "another"))
-    hub.add(REPO, folder, kind="datasets")
+    text = (published / "train.jsonl").read_text()
+    (published / "train.jsonl").write_text(text.replace("the", "another"))
+    hub.add(REPO, published, kind="datasets")
     found = Corpora().tokens(corpus, model, study.tokens)
     assert np.array_equal(found.tokens, dataset_of(files).tokens)
     assert Corpora().of(study).identity() != identity

@@ -9,7 +9,6 @@
 
 import json
 import logging
-import os
 import threading
 import time
 import uuid
@@ -21,7 +20,8 @@ from typing import Any, Literal, NamedTuple, Self
 
 from upath import UPath
 
-from autointerp_dagster.adapters.llm.journal.durable import is_local
+from autointerp_dagster.adapters.durable import is_local
+from autointerp_dagster.adapters.local_files import write_whole
 from autointerp_dagster.core.config.models import RemoteLLMConfig
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.llm import Request, Usage, estimated_tokens
@@ -97,14 +97,7 @@ class SpendFile:
         if not self.is_local:
             self._path.write_bytes(content)  # an object appears as a whole or not at all
             return
-        path = Path(self._path.path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        newborn = path.with_suffix(".tmp")
-        with newborn.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        newborn.replace(path)
+        write_whole(Path(self._path.path), content)
 
     def read_others(self) -> Spent:
         """The sums over all other sessions of the run and of the study.

@@ -28,7 +28,7 @@ DAY_S = 24 * 3600.0
 YOUNG_S = DAY_S
 SUPERSEDED_DAYS = 30.0
 
-_KEPT = ("heads", "discovery", "spend", "batches", "journal-templates", "journal-wal")
+_KEPT = ("heads", "spend", "batches", "journal-templates", "journal-wal")
 
 
 class Doomed(NamedTuple):
@@ -221,7 +221,7 @@ _WHY: dict[Kind, str] = {
 def _kind_of(path: str) -> Kind | None:
     """What a file is; null for what is never pruned."""
     top = path.split("/", maxsplit=1)[0]
-    if is_temporary(path) or (top == "spend" and path.endswith(".tmp")):
+    if is_temporary(path):
         return "temporary"
     if top in _KEPT:
         return None

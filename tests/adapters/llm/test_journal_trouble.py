@@ -13,9 +13,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from llm_requests import BLOCK, ask
 from upath import UPath
 
+from autointerp_dagster.adapters.durable import write_durably
 from autointerp_dagster.adapters.llm.backend import Reply
 from autointerp_dagster.adapters.llm.journal import journal as journal_module
-from autointerp_dagster.adapters.llm.journal.durable import write_durably
 from autointerp_dagster.adapters.llm.journal.journal import Entry, Journal
 from autointerp_dagster.adapters.llm.journal.replies import BlockReplies
 from autointerp_dagster.core.errors import StoreError

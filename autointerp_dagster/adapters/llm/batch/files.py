@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, Self
 
 from upath import UPath
 
+from autointerp_dagster.adapters.durable import write_durably
 from autointerp_dagster.adapters.llm.batch.records import (
     Question,
     RecordWriter,
@@ -26,7 +27,6 @@ from autointerp_dagster.adapters.llm.batch.records import (
     record_path,
     writing,
 )
-from autointerp_dagster.adapters.llm.journal.durable import write_durably
 from autointerp_dagster.adapters.llm.remote.body import body_of
 from autointerp_dagster.core.config.models import RemoteLLMConfig
 from autointerp_dagster.core.errors import StoreError

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
-from autointerp_dagster.adapters.llm.journal.durable import write_durably
+from autointerp_dagster.adapters.durable import write_durably
 from autointerp_dagster.core.config.models import RemoteLLMConfig
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.llm import (

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from upath import UPath
 
-from autointerp_dagster.adapters.llm.journal.durable import is_local, store_errors
+from autointerp_dagster.adapters.durable import is_local, store_errors
 from autointerp_dagster.adapters.llm.journal.replies import BlockReplies, ReplyBatch
 from autointerp_dagster.adapters.llm.journal.segments import (
     ROWS_PER_GROUP,

@@ -21,9 +21,9 @@ from typing import Self
 import pyarrow as pa
 from upath import UPath
 
+from autointerp_dagster.adapters.durable import is_local
 from autointerp_dagster.adapters.llm.backend import Reply
 from autointerp_dagster.adapters.llm.journal.compaction import compact, due, everything
-from autointerp_dagster.adapters.llm.journal.durable import is_local
 from autointerp_dagster.adapters.llm.journal.entries import Entry, to_line
 from autointerp_dagster.adapters.llm.journal.replies import BlockReplies, batches_of, entry_of
 from autointerp_dagster.adapters.llm.journal.sealing import Generation, Sealer, Write, unwritable

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from upath import UPath
 
-from autointerp_dagster.adapters.llm.journal.durable import (
+from autointerp_dagster.adapters.durable import (
     is_local,
     store_errors,
     write_durably,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from upath import UPath
 
-from autointerp_dagster.adapters.llm.journal.durable import store_errors, write_durably
+from autointerp_dagster.adapters.durable import store_errors, write_durably
 from autointerp_dagster.adapters.llm.journal.entries import messages_of, messages_to_json
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.llm import Message

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from autointerp_dagster.adapters.llm.journal.durable import sync_folder
+from autointerp_dagster.adapters.durable import sync_folder
 from autointerp_dagster.adapters.llm.journal.entries import Entry, from_line, messages_of
 from autointerp_dagster.adapters.llm.journal.templates import Template
 from autointerp_dagster.core.llm import JournalBlock, Message

@@ -1,13 +1,13 @@
-"""Files that are wholly there after any crash, or not at all."""
+"""Files of a store, local or remote, that are wholly there after any crash, or not at all."""
 
 import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from upath import UPath
 
+from autointerp_dagster.adapters.local_files import write_whole
 from autointerp_dagster.core.errors import StoreError
 
 _LOCAL = frozenset({"", "file", "local"})
@@ -52,16 +52,7 @@ def write_durably(target: UPath, content: bytes | memoryview) -> None:
             target.fs.pipe_file(target.path, content)  # one PUT: all or nothing
         return
     path = Path(target.path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    newborn = path.parent / f".{uuid.uuid4().hex}.tmp"
-    try:
-        with newborn.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        newborn.replace(path)
-    finally:
-        newborn.unlink(missing_ok=True)
+    write_whole(path, content)
     sync_folder(path.parent)
 
 
