@@ -26,7 +26,7 @@ test: $(READY)  ## Run the tests (offline but for packages; minutes).
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 slow: $(READY)  ## Run the long tests too, against real servers (compiled on the first use).
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,servers]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,servers,ray]'
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 ui: $(READY)  ## Dagster's UI at http://127.0.0.1:3000; Ctrl-C stops it.
