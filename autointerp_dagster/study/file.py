@@ -145,6 +145,8 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         below = merged.get(key)
         if isinstance(below, dict) and isinstance(value, dict) and not _is_other(below, value):
             merged[key] = _merge(below, value)
+        elif isinstance(below, dict) and value is None:  # e.g. an explainer that is not wanted here
+            del merged[key]
         else:
             merged[key] = value
     return merged

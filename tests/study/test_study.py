@@ -143,6 +143,17 @@ def test_a_study_that_extends_another_changes_only_what_it_says(tmp_path):
     assert child.sampling.n_test == base.sampling.n_test
 
 
+def test_null_takes_out_a_mapping_of_the_study_below(tmp_path):
+    write(tmp_path, MINIMAL + "interventions: {max_steps: 3}\n")
+    text = "extends: tiny.yaml\nexplainers: {default: null, b: {kind: top_tokens}}\n"
+    child = load_study(write(tmp_path, text + "interventions: null\n", "child.yaml"))
+    assert list(child.explainers) == ["b"]
+    assert child.interventions == type(child.interventions)()
+    with pytest.raises(StudyError, match=r"child.yaml:2: explainers.c: .*got None"):
+        text = "extends: tiny.yaml\nexplainers: {c: null}\n"
+        load_study(write(tmp_path, text, "child.yaml"))
+
+
 def test_a_mistake_in_an_extended_file_is_placed_there(tmp_path):
     write(tmp_path, MINIMAL.replace("range_size", "rangesize"))
     with pytest.raises(StudyError, match=r"tiny.yaml:9: rangesize"):
