@@ -19,9 +19,9 @@ _BARE_ADDRESS = re.compile(r"(://|@|www)", re.IGNORECASE)
 _ZERO_WIDTH_SPACE = "\N{ZERO WIDTH SPACE}"
 
 
-def preview(frame: pl.DataFrame) -> dg.MetadataValue:
+def preview(frame: pl.DataFrame, rows: int = PREVIEW_ROWS) -> dg.MetadataValue:
     """The first rows of a table as Markdown; corpus text in it is escaped."""
-    shown = frame.head(PREVIEW_ROWS)
+    shown = frame.head(rows)
     lines = ["| " + " | ".join(shown.columns) + " |", "|" + "---|" * shown.width]
     lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in shown.iter_rows()]
     return dg.MetadataValue.md("\n".join(lines))

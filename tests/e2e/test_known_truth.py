@@ -9,11 +9,12 @@ from bench import Bench, Name
 from planted import LATENTS, NO_RULE, NUM_LATENTS, planted, truths
 
 from autointerp_dagster.adapters.manifests import Manifest
-from autointerp_dagster.core.schemas import MAIN_VARIANT, TABLES
+from autointerp_dagster.core.metrics import HEADLINE
+from autointerp_dagster.core.schemas import LAYER_METRICS, MAIN_VARIANT, TABLES
 from autointerp_dagster.core.types import Place
 from autointerp_dagster.partitions import partition_key
 from autointerp_dagster.resources.events import asset_key
-from autointerp_dagster.study.stages import Stage, places_of, stages_of
+from autointerp_dagster.study.stages import STAGES, Stage, places_of, stages_of
 
 CHANCE = 0.5
 OUTSIDE = "sae@h.1/0000048-0000063"
@@ -187,6 +188,24 @@ def test_every_event_of_a_result_counts_what_is_in_it(whole: Bench) -> None:
         if str(place) != OUTSIDE:
             names = set(latest(whole, stage, place).metadata)
             assert any(name.startswith("n_") for name in names - {"n_bytes"}), (stage.name, place)
+
+
+def test_the_medians_of_a_layer_are_numbers_of_its_event(whole: Bench) -> None:
+    stage = STAGES["layer_metrics"]
+    for layer in whole.study.layer_keys:
+        head = whole.heads()["layer_metrics", str(layer)]
+        medians = whole.store.table(head.blob(LAYER_METRICS.name)).filter(
+            scorer="fuzzing",
+            subject="own",
+            variant=MAIN_VARIANT,
+            metric=HEADLINE["fuzzing"],
+            statistic="median",
+        )
+        shown = latest(whole, stage, layer).metadata
+        assert medians.height
+        for explainer, value in medians.select("explainer", "value").iter_rows():
+            entry = shown.get(f"median fuzzing {explainer}")
+            assert (entry and entry.value) == value
 
 
 def test_lineage_leads_from_a_score_to_weights_and_corpus(whole: Bench) -> None:

@@ -149,9 +149,9 @@ def test_null_takes_out_a_mapping_of_the_study_below(tmp_path):
     child = load_study(write(tmp_path, text + "interventions: null\n", "child.yaml"))
     assert list(child.explainers) == ["b"]
     assert child.interventions == type(child.interventions)()
+    strange = write(tmp_path, "extends: tiny.yaml\nexplainers: {c: null}\n", "child.yaml")
     with pytest.raises(StudyError, match=r"child.yaml:2: explainers.c: .*got None"):
-        text = "extends: tiny.yaml\nexplainers: {c: null}\n"
-        load_study(write(tmp_path, text, "child.yaml"))
+        load_study(strange)
 
 
 def test_a_mistake_in_an_extended_file_is_placed_there(tmp_path):
