@@ -2,6 +2,8 @@
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -106,11 +108,9 @@ def run(
     if dry_run:
         print_dry_run(loaded, selection, console, only)
         return
-    logging.getLogger("autointerp_dagster").addHandler(_ConsoleLines())
-    logging.getLogger("autointerp_dagster").setLevel(logging.INFO)
     transformers.logging.disable_progress_bar()
     mode = "replay" if replay else "record"
-    with dagster_instance() as instance:
+    with _log_as_lines(), dagster_instance() as instance:
         budget = materialize(loaded, selection, instance, mode, only)
     if selection.is_whole(loaded):
         print_report(loaded, store, console)
@@ -368,6 +368,20 @@ class _ConsoleLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _log_as_lines() -> Iterator[None]:
+    """Prints the package's log while a run goes on, and never into another command's output."""
+    logger, lines = logging.getLogger("autointerp_dagster"), _ConsoleLines()
+    level = logger.level
+    logger.addHandler(lines)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(lines)
+        logger.setLevel(level)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Studies whose layers turn up: real ticks of the sensor, real runs, real staleness."""
 
+import logging
 import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -315,6 +316,7 @@ def test_the_commands_see_the_layers_that_were_found(watched, monkeypatch):
     stale = said("stale", path)
     assert "sae@h.1/0000000-0000015" in stale
     said("run", path, "--stale")
+    assert logging.getLogger("autointerp_dagster").handlers == []  # lines go into no other output
     assert "nothing is out of date" in said("stale", path)
     said("discover", path, "--forget", "sae@h.1")
     assert watched.layers == ["sae@h.0"]
