@@ -43,6 +43,7 @@ from autointerp_dagster.resources.progress import ProgressDisplay
 from autointerp_dagster.resources.store import StoreResource
 from autointerp_dagster.study import Study, find_studies
 from autointerp_dagster.study.stages import stages_of
+from autointerp_dagster.up_to_date import build_up_to_date
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,8 @@ def build_definitions(studies: list[Study]) -> dg.Definitions:
         executor=dg.in_process_executor,  # models are loaded once per run, not once per step
     )
     discovering = [build_automation(study) for study in studies if study.discovers]
-    return dg.Definitions.merge(whole, *discovering) if discovering else whole
+    checks = [build_up_to_date(study) for study in studies]
+    return dg.Definitions.merge(whole, *discovering, *checks)
 
 
 @dg.definitions

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autointerp_dagster.adapters.manifests import Manifest
+from autointerp_dagster.adapters.lineage import Made
 from autointerp_dagster.cli.latent_statistics import LatentStatistics
 from autointerp_dagster.core.llm import Message
 
@@ -64,34 +64,6 @@ class Explained:
     n_windows: int
     windows: tuple[JudgedWindow, ...]
     """The first of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Made:
-    """One manifest of the walk."""
-
-    asset: str
-    cell: str
-    manifest: str
-    """Its path in the store."""
-    content_hash: str
-    version: str
-    """Of the stage."""
-    run_id: str
-    finished: str
-
-    @classmethod
-    def of(cls, manifest: Manifest) -> "Made":
-        """What a walk says of a manifest."""
-        return cls(
-            asset=manifest.stage,
-            cell=manifest.cell,
-            manifest=str(manifest.path),
-            content_hash=manifest.content_hash,
-            version=manifest.stage_version,
-            run_id=manifest.provenance.run_id,
-            finished=manifest.provenance.finished,
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,9 @@ import polars as pl
 import pyarrow.compute as pc
 
 from autointerp_dagster.adapters.datasets import document_of, read_dataset
+from autointerp_dagster.adapters.lineage import Lineage, Made, lineage_of
 from autointerp_dagster.adapters.llm import Journal, open_journal
-from autointerp_dagster.adapters.manifests import Manifest, Upstream
+from autointerp_dagster.adapters.manifests import Manifest
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.cli.latent_statistics import read_statistics
 from autointerp_dagster.cli.lineage import (
@@ -22,7 +23,6 @@ from autointerp_dagster.cli.lineage import (
     Explained,
     JudgedWindow,
     LatentWalk,
-    Made,
     ScoreWalk,
 )
 from autointerp_dagster.core.errors import StudyError
@@ -40,76 +40,41 @@ SHOWN_WINDOWS = 4
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """What is known of one score, read from its manifest on."""
+    """What is known of one score, from its manifest on."""
 
     store: Store
-    manifest: Manifest
-    """Of the score."""
-    made_from: dict[str, list[Manifest]]
-    """By asset: all manifests that the score rests on, the nearest first. Neighbours, for one, are
-    counted on every range of a layer."""
-    external: dict[str, str]
-    """``asset place`` to weights' or corpus hash."""
-
-    @classmethod
-    def start(cls, store: Store, manifest: Manifest) -> "Walk":
-        """Reads every manifest below ``manifest``.
-
-        Raises:
-            StoreError: If one is missing or was changed.
-        """
-        made_from: dict[str, list[Manifest]] = {}
-        external: dict[str, str] = {}
-        for upstream, found in _ancestors(store, manifest):
-            if found is None:
-                external.setdefault(f"{upstream.asset} {upstream.cell}", upstream.content_hash)
-            else:
-                made_from.setdefault(upstream.asset, []).append(found)
-        return cls(store, manifest, made_from, external)
-
-    @property
-    def ancestors(self) -> dict[str, Manifest]:
-        """By asset: what the score itself was made from, of its own cell where there is one."""
-        cell = self.manifest.cell
-        return {
-            asset: next((m for m in found if m.cell == cell), found[0])
-            for asset, found in self.made_from.items()
-        }
-
-    @property
-    def text(self) -> dict[str, Any]:
-        """Where the text is, and which version of it was read; empty if nobody says."""
-        tokens = self.ancestors.get("token_dataset")
-        return {} if tokens is None else tokens.summary.get("corpus", {})
+    lineage: Lineage
 
     def verdicts(self, latent: int) -> pl.DataFrame:
         """All verdicts on a latent's windows."""
-        tables = [self.store.table(b) for b in self.manifest.blobs if b.name.startswith("verdicts")]
+        blobs = [b for b in self.lineage.manifest.blobs if b.name.startswith("verdicts")]
+        tables = [self.store.table(blob) for blob in blobs]
         return pl.concat([VERDICTS.empty(), *tables], how="diagonal").filter(
             pl.col("latent") == latent
         )
 
     def neighbours(self, latent: int) -> dict[int, int]:
         """Which latent fires in each window of kind ``neighbour``."""
-        blobs = [b for b in self.ancestors["latent_records"].blobs if b.name == WINDOWS.name]
+        records = self.lineage.ancestors["latent_records"]
+        blobs = [blob for blob in records.blobs if blob.name == WINDOWS.name]
         tables = [self.store.table(blob, pc.field("latent") == latent) for blob in blobs]
         rows = pl.concat([WINDOWS.empty(), *tables], how="diagonal").drop_nulls("neighbour")
         return dict(rows.select("window_id", "neighbour").iter_rows())
 
     def explanation(self, latent: int, explainer: str) -> dict[str, Any]:
         """The explanation's row."""
-        blob = self.ancestors["explanations"].blob(f"{EXPLANATIONS.name}/{explainer}")
+        blob = self.lineage.ancestors["explanations"].blob(f"{EXPLANATIONS.name}/{explainer}")
         rows = self.store.table(blob).filter((pl.col("latent") == latent) & pl.col("selected"))
         return rows.row(0, named=True)
 
     def block(self, stage: str, layer: LayerKey, latent: int) -> JournalBlock:
         """Where the calls about a latent are journalled."""
-        coder_hash = self.external[f"sparse_coders {layer}"]
+        coder_hash = self.lineage.external[f"sparse_coders {layer}"]
         return JournalBlock(stage, coder_hash, latent // LATENTS_PER_BLOCK)
 
     def why_unscored(self, latent: int) -> str:
         """Why a latent has no verdict here."""
-        explained = self.ancestors.get("explanations")
+        explained = self.lineage.ancestors.get("explanations")
         if explained is None:
             return "not scored: outside the scorer's latents, dead, rare, or with too few windows"
         rows = [self.store.table(b) for b in explained.blobs if b.name.startswith("explanations")]
@@ -129,7 +94,7 @@ class Walk:
 
     def dataset(self) -> TokenDataset:
         """The tokens that the windows were cut from."""
-        return read_dataset(self.store, self.ancestors["token_dataset"])
+        return read_dataset(self.store, self.lineage.ancestors["token_dataset"])
 
     def explained(
         self, journal: Journal, layer: LayerKey, latent: int, n_windows: int
@@ -146,7 +111,7 @@ class Walk:
         if verdicts.is_empty():
             return
         dataset, neighbours = self.dataset(), self.neighbours(latent)
-        judging = self.block(self.manifest.stage, layer, latent)
+        judging = self.block(self.lineage.manifest.stage, layer, latent)
         groups = verdicts.partition_by("explainer", "subject", as_dict=True, maintain_order=True)
         for (explainer, subject), rows in groups.items():
             row = (
@@ -206,8 +171,8 @@ def walk_latent(
     scores = []
     with open_journal(store.root) as journal:
         for found in manifests:
-            walk = Walk.start(store, found)
-            cache, activations = walk.ancestors.get("activation_cache"), None
+            walk = Walk(store, lineage_of(store, found))
+            cache, activations = walk.lineage.ancestors.get("activation_cache"), None
             if cache is not None and cache.path not in shown:  # the same for most scores
                 activations = read_statistics(store, cache, walk.dataset(), latent)
                 shown.add(cache.path)
@@ -217,9 +182,9 @@ def walk_latent(
                     made=Made.of(found),
                     why_unscored=None if explained else walk.why_unscored(latent),
                     explained=explained,
-                    made_from=tuple(Made.of(m) for ms in walk.made_from.values() for m in ms),
-                    external=dict(sorted(walk.external.items())),
-                    text=walk.text,
+                    made_from=tuple(walk.lineage.made),
+                    external=dict(sorted(walk.lineage.external.items())),
+                    text=walk.lineage.text,
                     activations=activations,
                 )
             )
@@ -268,22 +233,6 @@ def call_of(journal: Journal, call_id: str | None, block: JournalBlock) -> Call 
         prompt=entry.prompt,
         answer=entry.reply.text,
     )
-
-
-def _ancestors(store: Store, manifest: Manifest) -> Iterator[tuple[Upstream, Manifest | None]]:
-    """Everything that a manifest rests on, the nearest first, each once; null: external."""
-    seen: set[str] = set()
-    todo = list(manifest.upstream)
-    while todo:
-        upstream = todo.pop(0)
-        address = upstream.manifest or f"{upstream.asset} {upstream.cell}"
-        if address in seen:
-            continue
-        seen.add(address)
-        found = None if upstream.manifest is None else store.manifest(upstream.manifest)
-        yield upstream, found
-        if found is not None:
-            todo.extend(found.upstream)
 
 
 def _older(store: Store, cell: Cell, path: str) -> Manifest:

@@ -8,13 +8,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.tree import Tree
 
+from autointerp_dagster.adapters.lineage import Made
 from autointerp_dagster.cli.latent_statistics import add_statistics
 from autointerp_dagster.cli.lineage import (
     Call,
     Explained,
     JudgedWindow,
     LatentWalk,
-    Made,
     ScoreWalk,
 )
 from autointerp_dagster.study import Study
@@ -119,7 +119,13 @@ def _add_manifests(tree: Tree, score: ScoreWalk) -> None:
         what = "ranges" if "/" in manifests[0].cell else "places"
         below = branch.add(f"{asset}: {len(manifests)} {what}") if several else branch
         for made in manifests:
-            below.add(f"{made.manifest} version {made.version}, run {made.run_id}, {made.finished}")
+            step = below.add(
+                f"{made.manifest} version {made.version}, run {made.run_id}, {made.finished}"
+            )
+            for name, value in made.models.items():
+                step.add(f"model: {name} {escape(value)}")
+            for name, value in made.prompts.items():
+                step.add(f"prompt: {escape(name)} {escape(value)}")
     for name, version in score.external.items():
         branch.add(f"{escape(name)}: hash {version}")
     for key, value in score.text.items():

@@ -2,10 +2,10 @@
 
 A run over many partitions yields one result; Dagster would stamp all of them with one version. So
 each place gets an ``AssetMaterialization`` of its own, the last word on it, with the content hash
-as data version and, for every input, the version and event that were current.
+as data version and, for every input, the version and event that were read.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +30,8 @@ _TOGETHER = 500
 """Partitions that one query asks for."""
 _EVENTS_EACH = 2
 """A run writes two per place."""
+_LOOKED_BACK = 50
+"""Events of a place among which the one of a version that is not the newest is looked for."""
 
 Made = tuple[Manifest, Mapping[str, dg.MetadataValue]]
 """What a place holds now, and tables and plots for the UI only."""
@@ -106,8 +108,10 @@ def report_places(
         if isinstance(place, Cell):
             tags |= {"dagster/partition/layer": str(place.layer)}
             tags |= {"dagster/partition/range": str(place.range)}
+        read = {(up.asset, up.cell): up.content_hash for up in manifest.upstream}
         for upstream, versions in inputs.items():
-            tags |= versions.tags(inputs_at(study, stage, place, upstream))
+            sources = inputs_at(study, stage, place, upstream)
+            tags |= versions.tags({p: read.get((upstream.name, str(p))) for p in sources})
         context.log_event(
             dg.AssetMaterialization(
                 asset_key(study, stage),
@@ -122,8 +126,9 @@ def report_places(
 class _Versions:
     """What Dagster knows of an input, at every place that some places are made from."""
 
-    key: str
-    """Of the input, as users write it."""
+    instance: dg.DagsterInstance
+    stage: Stage
+    key: dg.AssetKey
     newest: Mapping[str | None, _Event]
     """By partition."""
 
@@ -143,17 +148,42 @@ class _Versions:
             for place in places
             for source in inputs_at(study, stage, place, upstream)
         }
-        return cls(key.to_user_string(), _newest(instance, upstream, key, list(sources)))
+        newest = _newest(instance, upstream, key, list(sources))
+        return cls(instance, upstream, key, newest)
 
-    def tags(self, sources: Iterable[Place]) -> dict[str, str]:
-        """Version and event of some places. For several the newest event covers them all."""
-        keys = map(partition_key, sources)
-        found = [self.newest[key] for key in keys if key in self.newest]
+    def tags(self, sources: Mapping[Place, str | None]) -> dict[str, str]:
+        """Version and event of some places. For several the newest event covers them all.
+
+        Of places that were replaced after they were read, it is the event of what was read, so that
+        what was made of it is stale at once.
+
+        Args:
+            sources: The places, each with the version that was read.
+        """
+        found = {partition_key(place): version for place, version in sources.items()}
+        events = [self.newest[key] for key in found if key in self.newest]
+        replaced = [
+            event
+            for key, version in found.items()
+            if key in self.newest and self.newest[key].version != version
+            for event in self._as_read(key, version)
+        ]
         version, pointer = "INITIAL", "NULL"
-        if found:
-            version, storage_id = max(found, key=lambda event: event.storage_id)
+        if events:
+            version, storage_id = max(replaced or events, key=lambda event: event.storage_id)
             pointer = str(storage_id)
-        return {_INPUT_VERSION + self.key: version, _INPUT_POINTER + self.key: pointer}
+        key = self.key.to_user_string()
+        return {_INPUT_VERSION + key: version, _INPUT_POINTER + key: pointer}
+
+    def _as_read(self, partition: str | None, version: str | None) -> list[_Event]:
+        """The newest event of a version before the newest of all; none if there is none."""
+        where = dg.AssetRecordsFilter(
+            asset_key=self.key,
+            asset_partitions=None if partition is None else [partition],
+            before_storage_id=self.newest[partition].storage_id,
+        )
+        page = _fetched(self.instance, self.stage, where, _LOOKED_BACK)
+        return [event for _, event in _events(page) if event.version == version][:1]
 
 
 def _newest(
@@ -163,7 +193,6 @@ def _newest(
     partitions: Sequence[str | None],
 ) -> dict[str | None, _Event]:
     """The newest event of each partition that has one; of all partitions null: the asset's."""
-    fetch = instance.fetch_observations if stage.is_external else instance.fetch_materializations
     newest: dict[str | None, _Event] = {}
     for start in range(0, len(partitions), _TOGETHER):
         missing = set(partitions[start : start + _TOGETHER])
@@ -171,17 +200,36 @@ def _newest(
         where = dg.AssetRecordsFilter(asset_key=key, asset_partitions=named or None)
         cursor: str | None = None
         while missing:
-            page = fetch(where, limit=_EVENTS_EACH * len(missing), cursor=cursor)
-            for record in page.records:  # newest first
-                event = record.asset_observation or record.asset_materialization
-                if event is not None and event.partition in missing:
-                    missing.remove(event.partition)
-                    version = (event.tags or {}).get(_DATA_VERSION, "INITIAL")
-                    newest[event.partition] = _Event(version, record.storage_id)
+            page = _fetched(instance, stage, where, _EVENTS_EACH * len(missing), cursor)
+            for partition, event in _events(page):
+                if partition in missing:
+                    missing.remove(partition)
+                    newest[partition] = event
             cursor = page.cursor
             if not page.has_more:
                 break
     return newest
+
+
+def _fetched(
+    instance: dg.DagsterInstance,
+    stage: Stage,
+    where: dg.AssetRecordsFilter,
+    limit: int,
+    cursor: str | None = None,
+) -> dg.EventRecordsResult:
+    """Observations of an external input, materializations of a stage."""
+    fetch = instance.fetch_observations if stage.is_external else instance.fetch_materializations
+    return fetch(where, limit=limit, cursor=cursor)
+
+
+def _events(page: dg.EventRecordsResult) -> Iterator[tuple[str | None, _Event]]:
+    """By partition, the newest first."""
+    for record in page.records:
+        event = record.asset_observation or record.asset_materialization
+        if event is not None:
+            version = (event.tags or {}).get(_DATA_VERSION, "INITIAL")
+            yield event.partition, _Event(version, record.storage_id)
 
 
 def _metadata(manifest: Manifest) -> dict[str, dg.MetadataValue]:

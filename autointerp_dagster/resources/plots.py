@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from collections.abc import Mapping, Sequence
 
 import dagster as dg
 import numpy as np
@@ -25,6 +26,11 @@ def preview(frame: pl.DataFrame, rows: int = PREVIEW_ROWS) -> dg.MetadataValue:
     lines = ["| " + " | ".join(shown.columns) + " |", "|" + "---|" * shown.width]
     lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in shown.iter_rows()]
     return dg.MetadataValue.md("\n".join(lines))
+
+
+def table(rows: Sequence[Mapping[str, str | int]]) -> dg.MetadataValue:
+    """Rows with the same columns as a table that the page shows at once, as plain text."""
+    return dg.MetadataValue.table([dg.TableRecord(dict(row)) for row in rows])
 
 
 def histogram(values: pl.Series, label: str, *, log: bool = False) -> dg.MetadataValue:

@@ -23,6 +23,7 @@ from autointerp_dagster.core.types import Place
 from autointerp_dagster.resources.identities import Identities
 from autointerp_dagster.resources.stage_inputs import StageInputs
 from autointerp_dagster.study import Study
+from autointerp_dagster.study.parameters import PROMPT_KEYS
 from autointerp_dagster.study.stages import Stage, inputs_at, places_of, stages_of, upstream_of
 
 Kind = Literal[
@@ -48,8 +49,6 @@ _SHOWN = 3
 _SHOWN_CHARACTERS = 80
 _ABSENT = object()
 _EXTERNAL = {"subject_model": "subject model", "corpus": "corpus", "sparse_coders": "weights"}
-_PROMPTS = {"scorer", "version", "logit_lens"}
-"""Last keys of parameters that are versions of a prompt or of what stands in one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +86,50 @@ class OutOfDate:
     def name(self) -> Name:
         """(asset, place)."""
         return self.asset, self.cell
+
+
+@dataclass(frozen=True, slots=True)
+class Alike:
+    """Places of one stage that are out of date for the same reasons."""
+
+    asset: str
+    reasons: tuple[str, ...]
+    cells: tuple[str, ...]
+
+
+def alike(found: Sequence[OutOfDate]) -> list[Alike]:
+    """Places with the same reasons put together, in the order of the data."""
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for one in found:
+        reasons = tuple(_reason(one, cause) for cause in one.causes)
+        groups.setdefault((one.asset, reasons), []).append(one.cell)
+    return [Alike(asset, reasons, tuple(cells)) for (asset, reasons), cells in groups.items()]
+
+
+def _reason(one: OutOfDate, cause: Cause) -> str:
+    """In words that are the same for the places of a stage."""
+    if cause.kind == "follows":
+        return f"follows {cause.asset}"
+    is_own = cause.kind == "input" and cause.cells == (one.cell,)
+    return cause.text.replace(f" {one.cell}", "") if is_own else cause.text
+
+
+def n_places(study: Study) -> int:
+    """Places of all stages, external inputs not counted."""
+    made = [stage for stage in stages_of(study) if not stage.is_external]
+    return sum(1 for stage in made for _ in places_of(study, stage.scope))
+
+
+def summary_of(study: Study, found: Sequence[OutOfDate]) -> str:
+    """How much is out of date, and what makes it anew, in a sentence or two."""
+    if not found:
+        return f"{study.name}: nothing is out of date ({n_places(study)} places)."
+    n_direct = sum(one.is_direct for one in found)
+    return (
+        f"{len(found)} of {n_places(study)} places: {n_direct} by themselves, "
+        f"{len(found) - n_direct} because an input will change. "
+        f"`autointerp run {study.name} --stale` makes these and nothing else."
+    )
 
 
 def out_of_date(
@@ -229,7 +272,7 @@ def parameter_changes(
         models: Those of them that are identities of models.
     """
     for keys, old, new in _differences(before, json.loads(json.dumps(now)), ()):
-        kind: Kind = "prompt" if keys[-1] in _PROMPTS else "parameter"
+        kind: Kind = "prompt" if keys[-1] in PROMPT_KEYS else "parameter"
         kind = "model" if keys[0] in models else kind
         key = ".".join(keys)
         shown = " -> ".join("absent" if v is _ABSENT else _value(v) for v in (old, new))

@@ -22,6 +22,7 @@ from autointerp_dagster.core.errors import StudyError
 from autointerp_dagster.core.types import Cell, LayerKey, Place
 from autointerp_dagster.partitions import place_of
 from autointerp_dagster.resources.events import About, Made, observe, report_places
+from autointerp_dagster.resources.showing_lineage import with_lineage
 from autointerp_dagster.resources.stage_inputs import OUTSIDE_CODER, External, StageInputs
 from autointerp_dagster.resources.versions import code_revision, library_versions
 from autointerp_dagster.study import Study
@@ -216,7 +217,8 @@ class StageRun(StageInputs):
         self._log_events()
 
     def _log_events(self) -> None:
-        report_places(self._context, self.study, self.stage, self._done)
+        done = with_lineage(self.store, self.stage, self._done, self._read.values())
+        report_places(self._context, self.study, self.stage, done)
         run_id = self._context.run_id
         new = [m for m, _ in self._done.values() if m.provenance.run_id == run_id]
         _logger.info(

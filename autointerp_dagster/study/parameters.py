@@ -26,6 +26,11 @@ from autointerp_dagster.study.model import Study
 LLMPart = Literal["explainer", "judge", "base_lm"]
 """The part that a language model plays in a study; its key in ``models``."""
 
+PROMPT_KEYS = frozenset({"scorer", "version", "logit_lens"})
+"""Last keys of parameters that are versions of a prompt or of what stands in one."""
+MODEL_KEYS = ("explainer", "judge", "base_lm", "embedder")
+"""Keys of parameters that are identities of models."""
+
 _SCORE = "score_"
 
 

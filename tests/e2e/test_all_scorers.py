@@ -9,8 +9,8 @@ import pytest
 from bench import Bench
 from dagster_walk import DagsterWalk
 
+from autointerp_dagster.adapters.lineage import lineage_of
 from autointerp_dagster.adapters.llm.fake.server import FakeLLMServer
-from autointerp_dagster.cli.walk import Walk
 from autointerp_dagster.core.metrics import FAMILIES, HEADLINE
 from autointerp_dagster.core.schemas import TABLES
 from autointerp_dagster.partitions import partition_key
@@ -104,8 +104,8 @@ def test_the_walk_of_every_stage_is_the_one_that_dagster_recorded(bench: Bench) 
             event = recorded.newest(asset_key(study, stage), partition_key(place))
             assert event is not None
             assert event.version == head.content_hash
-            walk = Walk.start(store, head)
-            mine = {(m.stage, m.cell): m.content_hash for ms in walk.made_from.values() for m in ms}
+            walk = lineage_of(store, head)
+            mine = {(made.asset, made.cell): made.content_hash for made in walk.made}
             mine |= {(name.split()[0], name.split()[1]): v for name, v in walk.external.items()}
             assert recorded.below(event) == mine, (stage.name, str(place))
             n_walked += len(mine)

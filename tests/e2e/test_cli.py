@@ -11,6 +11,7 @@ from bench import SMALL, Bench
 from rich.console import Console
 from typer.testing import CliRunner
 
+from autointerp_dagster.adapters.lineage import lineage_of
 from autointerp_dagster.cli import app
 from autointerp_dagster.cli.report import print_report
 from autointerp_dagster.cli.walk import Walk
@@ -39,10 +40,11 @@ def test_why_walks_to_documents_prompts_and_weights(small):
     answer = invoke("why", small.path, layer, row["latent"], "--scorer", "detection")
     assert answer.exit_code == 0, answer.output
     head = small.heads()[("score_detection", f"{layer}/{_range_of(small, row['latent'])}")]
-    walk = Walk.start(small.store, head)
-    for name, version in walk.external.items():
+    walk = Walk(small.store, lineage_of(small.store, head))
+    external = walk.lineage.external
+    for name, version in external.items():
         assert f"{name}: hash {version}" in answer.stdout
-    assert set(walk.external) >= {"corpus all", "subject_model all", f"sparse_coders {layer}"}
+    assert set(external) >= {"corpus all", "subject_model all", f"sparse_coders {layer}"}
     for stage in ("token_dataset", "activation_cache", "latent_records", "explanations"):
         assert f"{stage}/" in answer.stdout
     documents = walk.dataset().documents["doc_id"].to_list()

@@ -327,7 +327,8 @@ def test_a_study_without_folder_or_store_loads_and_blocks_no_other(watched, monk
     monkeypatch.setenv("AUTOINTERP_STUDIES", str(watched.path.parent))
     loaded = defs()
     dg.Definitions.validate_loadable(loaded)
-    assert {schedule.name for schedule in loaded.schedules or ()} == {"planted_nightly"}
+    names = {schedule.name for schedule in loaded.schedules or ()}
+    assert names == {"planted_nightly", "planted_up_to_date"}
     layers = watched.folder / "store" / "discovery" / "planted" / "layers"
     layers.mkdir(parents=True)
     (layers / "sae@h.0.json").write_text("{")

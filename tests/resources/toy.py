@@ -61,22 +61,24 @@ class Toy:
     """What is committed instead of one line, if given."""
 
     @property
-    def study(self) -> Study:
+    def content(self) -> dict[str, Any]:
+        """Of the study's file."""
         models = {"subject": {"source": "none"}, "explainer": {"source": "none"}}
-        return Study.model_validate(
-            {
-                "name": self.name,
-                "corpus": {"kind": "embedded"},
-                "coders": {"sae": {"path": "none"}},
-                "layers": ["h.0", "h.1"],
-                "max_num_latents": 30,
-                "range_size": 10,
-                "explainers": {"default": {"kind": "default"}},
-                "floors": {"donor_block": 10},
-                **self.changes,
-                "models": {**models, **self.changes.get("models", {})},
-            }
-        )
+        return {
+            "corpus": {"kind": "embedded"},
+            "coders": {"sae": {"path": "none"}},
+            "layers": ["h.0", "h.1"],
+            "max_num_latents": 30,
+            "range_size": 10,
+            "explainers": {"default": {"kind": "default"}},
+            "floors": {"donor_block": 10},
+            **self.changes,
+            "models": {**models, **self.changes.get("models", {})},
+        }
+
+    @property
+    def study(self) -> Study:
+        return Study.model_validate({"name": self.name, **self.content})
 
     @property
     def store(self) -> Store:

@@ -7,9 +7,11 @@ import polars as pl
 import pytest
 from rich.console import Console
 
+from autointerp_dagster.adapters.hashing import json_hash
+from autointerp_dagster.adapters.lineage import Made, lineage_of
 from autointerp_dagster.adapters.manifests import Manifest, Provenance, Upstream, content_hash_of
 from autointerp_dagster.adapters.storage import Store
-from autointerp_dagster.cli.lineage import LatentWalk, Made, ScoreWalk
+from autointerp_dagster.cli.lineage import LatentWalk, ScoreWalk
 from autointerp_dagster.cli.status import _n_rows
 from autointerp_dagster.cli.walk import Walk, judged_window
 from autointerp_dagster.cli.why import print_walk, verdict_line
@@ -26,7 +28,7 @@ def manifest_of(stage, cell, upstream=(), blobs=(), summary=None):
         for m in upstream
     )
     return Manifest(
-        stage=stage, stage_version="1", cell=cell, input_fingerprint=f"{stage}-{cell[-7:]}",
+        stage=stage, stage_version="1", cell=cell, input_fingerprint=json_hash([stage, cell]),
         content_hash=content_hash_of(blobs, "ok"), complete=True, parameters={}, upstream=above,
         blobs=tuple(blobs), summary=summary or {},
         provenance=Provenance(study="s", run_id="r", started="", finished="", seconds=0),
@@ -49,16 +51,17 @@ def walk(tmp_path):
     neighbours = store.commit(manifest_of("neighbours", OWN, caches))
     records = manifest_of("latent_records", OWN, (neighbours, caches[1]), [blob])
     score = manifest_of("score_detection", OWN, [store.commit(records)])
-    return Walk.start(store, store.commit(score))
+    return Walk(store, lineage_of(store, store.commit(score)))
 
 
 def test_a_walk_names_every_range_that_neighbours_were_counted_on(walk):
-    made_from = tuple(Made.of(m) for manifests in walk.made_from.values() for m in manifests)
-    score = ScoreWalk(Made.of(walk.manifest), "no verdict", (), made_from, walk.external, {}, None)
+    lineage = walk.lineage
+    made_from, made = tuple(lineage.made), Made.of(lineage.manifest)
+    score = ScoreWalk(made, "no verdict", (), made_from, lineage.external, {}, None)
     out = io.StringIO()
     print_walk(None, LatentWalk("s", LAYER, 12, (score,)), Console(file=out, width=200))
     assert "activation_cache: 2 ranges" in out.getvalue()
-    assert {m.cell for m in walk.made_from["activation_cache"]} == {OWN, OTHER}
+    assert {m.cell for m in lineage.made_from["activation_cache"]} == {OWN, OTHER}
     assert [made.asset for made in made_from].count("activation_cache") == 2
     assert all(made.manifest in out.getvalue() for made in (score.made, *made_from))
 
@@ -68,7 +71,7 @@ def test_a_walk_names_the_version_of_the_text(tmp_path):
     about = {"dataset": "me/texts", "commit": "0" * 40, "files": ["[a]*.parquet"]}
     tokens = store.commit(manifest_of("token_dataset", "all", summary={"corpus": about}))
     score = store.commit(manifest_of("score_detection", OWN, [tokens]))
-    walk, out = Walk.start(store, score), io.StringIO()
+    walk, out = lineage_of(store, score), io.StringIO()
     walked = ScoreWalk(Made.of(score), "no verdict", (), (), walk.external, walk.text, None)
     print_walk(None, LatentWalk("s", LAYER, 12, (walked,)), Console(file=out, width=200))
     assert "text: dataset me/texts" in out.getvalue()
@@ -77,8 +80,8 @@ def test_a_walk_names_the_version_of_the_text(tmp_path):
 
 
 def test_the_latent_is_read_from_the_cache_of_its_own_range(walk):
-    assert walk.ancestors["activation_cache"].cell == OWN
-    assert walk.made_from["activation_cache"][0].cell == OWN  # the nearest
+    assert walk.lineage.ancestors["activation_cache"].cell == OWN
+    assert walk.lineage.made_from["activation_cache"][0].cell == OWN  # the nearest
 
 
 def test_a_verdict_names_its_kind_of_negative_and_who_fires_there(walk):
@@ -112,8 +115,8 @@ def test_a_verdict_names_its_kind_of_negative_and_who_fires_there(walk):
 def test_status_counts_windows_where_there_are_vectors_and_no_table(walk):
     vectors = manifest_of("window_embeddings", "all", summary={"n_windows": 70})
     assert _n_rows(vectors) == 70
-    assert _n_rows(walk.ancestors["latent_records"]) == 3
-    assert _n_rows(walk.ancestors["neighbours"]) == 0
+    assert _n_rows(walk.lineage.ancestors["latent_records"]) == 3
+    assert _n_rows(walk.lineage.ancestors["neighbours"]) == 0
 
 
 def _filled(table, frame):
