@@ -13,6 +13,7 @@ import dagster as dg
 from autointerp_dagster.adapters.hashing import json_hash
 from autointerp_dagster.core.types import Cell, LatentRange, LayerKey, Place, WholeStudy
 from autointerp_dagster.study import Study
+from autointerp_dagster.study.checking import CHECKS, checks_of
 from autointerp_dagster.study.parameters import models_asked, parameters_of
 from autointerp_dagster.study.stages import STAGES, Scope, Stage, upstream_of
 
@@ -74,7 +75,16 @@ def stage_asset(study: Study, name: str) -> Callable[[Callable[..., Any]], dg.As
         "deps": deps,
         "backfill_policy": dg.BackfillPolicy.single_run() if stage.scope != "study" else None,
         "pool": stage.pool,
-        "automation_condition": dg.AutomationCondition.eager() if stage.follows else None,
+        "check_specs": [
+            dg.AssetCheckSpec(
+                check,
+                asset=dg.AssetKey([study.name, stage.name]),
+                description=CHECKS[check],
+                blocking=True,
+            )
+            for check in checks_of(study, stage)
+        ],
+        "automation_condition": _follows() if stage.follows else None,
     }
     with _known_betas():
         return dg.asset(**options)
@@ -93,6 +103,13 @@ def _known_betas() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.BetaWarning)
         yield
+
+
+def _follows() -> dg.AutomationCondition:
+    """When any input changes, unless a check refuses one."""
+    condition = dg.AutomationCondition
+    refused = condition.any_checks_match(condition.check_failed(), blocking_only=True)
+    return condition.eager() & ~condition.any_deps_match(refused)
 
 
 def _options(study: Study, stage: Stage) -> dict[str, Any]:

@@ -110,6 +110,18 @@ def table_file_hash(file: BinaryIO) -> str:
         return blocks_hash(hashes or [block_hash(_frame(parquet.schema_arrow.empty_table()))])
 
 
+def flat_columns(data: bytes) -> tuple[pl.Schema, pl.DataFrame]:
+    """The types of all columns of a Parquet file, and its rows without the columns of lists.
+
+    Raises:
+        ArrowException: If it is no Parquet file.
+    """
+    with pq.ParquetFile(pa.BufferReader(data)) as parquet:
+        schema = _frame(parquet.schema_arrow.empty_table()).schema
+        flat = [name for name, kind in schema.items() if not kind.is_nested()]
+        return schema, _frame(parquet.read(columns=flat))
+
+
 def _frame(table: pa.Table) -> pl.DataFrame:
     frame = pl.from_arrow(table)
     assert isinstance(frame, pl.DataFrame)

@@ -164,10 +164,17 @@ class Store:
         Raises:
             StoreError: If the blob is missing or its bytes are not those that were written.
         """
-        data = pa.BufferReader(self._verified_bytes(blob))
+        data = pa.BufferReader(self.verified_bytes(blob))
         frame = pl.from_arrow(pq.read_table(data, filters=where))
         assert isinstance(frame, pl.DataFrame)
         return frame
+
+    def verified_bytes(self, blob: Blob) -> bytes:
+        """All bytes of a blob; raises as :meth:`table`."""
+        data = self._read(blob.path)
+        if hashlib.sha256(data).hexdigest() != blob.checksum:
+            raise self._damaged(blob, "the checksum is")
+        return data
 
     def tensors(self, blob: Blob) -> dict[str, np.ndarray]:
         """Reads named arrays back.
@@ -175,7 +182,7 @@ class Store:
         Raises:
             StoreError: If the blob is missing or its bytes are not those that were written.
         """
-        return load_tensors(self._verified_bytes(blob))
+        return load_tensors(self.verified_bytes(blob))
 
     def mapped_tensors(self, blob: Blob) -> dict[str, np.ndarray]:
         """Named arrays for reading; those of a local store are in memory only as a file cache.
@@ -343,12 +350,6 @@ class Store:
             n_bytes=len(data),
             n_rows=n_rows,
         )
-
-    def _verified_bytes(self, blob: Blob) -> bytes:
-        data = self._read(blob.path)
-        if hashlib.sha256(data).hexdigest() != blob.checksum:
-            raise self._damaged(blob, "the checksum is")
-        return data
 
     def _damaged(self, blob: Blob, what: str) -> StoreError:
         return StoreError(

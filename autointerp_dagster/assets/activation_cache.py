@@ -24,7 +24,7 @@ def build_activation_cache(study: Study) -> dg.AssetsDefinition:
         models: SubjectModels,
         coders: Coders,
         progress: ProgressDisplay,
-    ) -> Iterator[dg.MaterializeResult]:
+    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
         model = models.of(study)
         external = {
             "subject_model": lambda _: model.identity(),

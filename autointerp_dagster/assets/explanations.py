@@ -27,7 +27,7 @@ def build_explanations(study: Study) -> dg.AssetsDefinition:
         coders: Coders,
         llms: LLMs,
         progress: ProgressDisplay,
-    ) -> Iterator[dg.MaterializeResult]:
+    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
         parts = parts_asked(study, "explanations")
         subject = models.of(study)
         external = {"sparse_coders": lambda layer: coders.identity(study, layer)}

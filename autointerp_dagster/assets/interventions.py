@@ -23,7 +23,7 @@ def build_interventions(study: Study) -> dg.AssetsDefinition:
         models: SubjectModels,
         coders: Coders,
         progress: ProgressDisplay,
-    ) -> Iterator[dg.MaterializeResult]:
+    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
         subject = models.of(study)
         external = {
             "subject_model": lambda _: subject.identity(),

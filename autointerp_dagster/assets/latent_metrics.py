@@ -28,7 +28,7 @@ def build_latent_metrics(study: Study) -> dg.AssetsDefinition:
     @stage_asset(study, "latent_metrics")
     def latent_metrics(
         context: dg.AssetExecutionContext, store: StoreResource
-    ) -> Iterator[dg.MaterializeResult]:
+    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
         with store.stage(context, study, "latent_metrics") as stage:
             for cell in stage.pending_cells():
                 metrics = _metrics_of(study, stage, cell)

@@ -18,7 +18,7 @@ def build_latent_records(study: Study) -> dg.AssetsDefinition:
     @stage_asset(study, "latent_records")
     def latent_records(
         context: dg.AssetExecutionContext, store: StoreResource, progress: ProgressDisplay
-    ) -> Iterator[dg.MaterializeResult]:
+    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
         with store.stage(context, study, "latent_records") as stage:
             pending = stage.pending_cells()
             made = stored_records(stage, study, pending)

@@ -19,7 +19,7 @@ def build_layer_metrics(study: Study) -> dg.AssetsDefinition:
     @stage_asset(study, "layer_metrics")
     def layer_metrics(
         context: dg.AssetExecutionContext, store: StoreResource
-    ) -> Iterator[dg.MaterializeResult]:
+    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
         with store.stage(context, study, "layer_metrics") as stage:
             for layer in stage.pending_layers():
                 metrics = layer_metrics_of(

@@ -23,7 +23,7 @@ def build_neighbours(study: Study) -> dg.AssetsDefinition:
         store: StoreResource,
         coders: Coders,
         progress: ProgressDisplay,
-    ) -> Iterator[dg.MaterializeResult]:
+    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
         external = {"sparse_coders": lambda layer: coders.identity(study, layer)}
         with store.stage(context, study, "neighbours", external=external) as stage:
             neighbouring = Neighbouring(

@@ -27,7 +27,7 @@ def build_study_metrics(study: Study) -> dg.AssetsDefinition:
         store: StoreResource,
         coders: Coders,
         embedders: Embedders,
-    ) -> Iterator[dg.MaterializeResult]:
+    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
         embedder = embedders.of(study) if study.matches_layers else None
         asked = {} if embedder is None else {"embedder": embedder.identity}
         external = {"sparse_coders": lambda layer: coders.identity(study, layer)}

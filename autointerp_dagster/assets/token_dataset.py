@@ -23,7 +23,7 @@ def build_token_dataset_asset(study: Study) -> dg.AssetsDefinition:
         models: SubjectModels,
         corpora: Corpora,
         progress: ProgressDisplay,
-    ) -> Iterator[dg.MaterializeResult]:
+    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
         model, corpus = models.of(study), corpora.of(study)
         external = {
             "subject_model": lambda _: model.identity(),

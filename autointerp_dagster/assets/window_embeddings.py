@@ -23,7 +23,7 @@ def build_window_embeddings(study: Study) -> dg.AssetsDefinition:
         models: SubjectModels,
         embedders: Embedders,
         progress: ProgressDisplay,
-    ) -> Iterator[dg.MaterializeResult]:
+    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
         detokenizer, embedder = models.of(study).detokenizer, embedders.of(study)
         asked = {"embedder": embedder.identity}
         with store.stage(context, study, "window_embeddings", models=asked) as stage:

@@ -29,6 +29,10 @@ class LLMError(AutoInterpError):
     """No language model answers where the study says one does."""
 
 
+class CheckError(AutoInterpError):
+    """A result is beyond what the study's checks allow, so nothing is made from it."""
+
+
 def told(error: BaseException) -> str:
     """Kind and first line of somebody else's error, for a message of one line; it may say nothing.
 

@@ -17,9 +17,11 @@ from autointerp_dagster.adapters.cache import (
 )
 from autointerp_dagster.adapters.coder_files import LoadedCoder
 from autointerp_dagster.adapters.datasets import read_dataset
+from autointerp_dagster.adapters.rebuilding import fractions_unexplained
 from autointerp_dagster.adapters.shards import write_shard
 from autointerp_dagster.adapters.subject_models import SubjectModel
 from autointerp_dagster.core.activation_statistics import StatisticsBuilder
+from autointerp_dagster.core.config import FileCoderConfig
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.schemas import FIRING_COUNTS, LATENT_STATISTICS
 from autointerp_dagster.core.tokens import TokenDataset
@@ -63,14 +65,30 @@ class Caching:
                 logger.warning("%s: %s", layer, note)
         manifest = self.stage.input("token_dataset", WholeStudy())
         dataset = read_dataset(self.stage.store, manifest)
+        unexplained = self._unexplained(dataset, loaded)
         with self._cached(pending, dataset, loaded, manifest.content_hash) as cached:
             shown = self.progress(
                 pending, total=len(pending), description="storing", unit="range of latents"
             )
             for cell in shown:
-                self.stage.commit(cell, self._commit(cell, cached, dataset, loaded[cell.layer]))
+                measured = unexplained.get(cell.layer, {})
+                commit = self._commit(cell, cached, dataset, loaded[cell.layer], measured)
+                self.stage.commit(cell, commit)
                 cached.discard([cell])
             cached.discard(self._stored(cached.cells()))
+
+    def _unexplained(
+        self, dataset: TokenDataset, loaded: Mapping[LayerKey, LoadedCoder]
+    ) -> dict[LayerKey, dict[str, float]]:
+        """``fvu`` of each autoencoder from files."""
+        coders = self.study.coders
+        placed = {
+            layer: found.placed
+            for layer, found in loaded.items()
+            if isinstance(coders[layer.coder], FileCoderConfig)
+        }
+        found = fractions_unexplained(self.model, dataset, placed)
+        return {layer: {"fvu": fraction} for layer, fraction in found.items()}
 
     def _cached(
         self,
@@ -108,7 +126,12 @@ class Caching:
         return [cell for cell in cells if cell in mine and self.stage.made(cell) is not None]
 
     def _commit(
-        self, cell: Cell, cached: CachedLayers, dataset: TokenDataset, loaded: LoadedCoder
+        self,
+        cell: Cell,
+        cached: CachedLayers,
+        dataset: TokenDataset,
+        loaded: LoadedCoder,
+        measured: Mapping[str, float],
     ) -> Commit:
         counts = cached.firing_counts(cell.layer)
         execution = {**self.model.execution, **cached.execution(cell.layer)}
@@ -129,6 +152,8 @@ class Caching:
         blobs.append(store.put_table(FIRING_COUNTS, counts))
         blobs.append(store.put_table(LATENT_STATISTICS, statistics))
         summary, plots = _shown(mine)
+        n_kept = dataset.tokens.size - dataset.first_visible * dataset.contexts.height
+        summary |= {"l0": int(counts["n_tokens"].sum()) / max(n_kept, 1), **measured}
         return Commit(blobs, summary, execution=execution, shown=plots)
 
 

@@ -43,7 +43,7 @@ def asking_asset(study: Study, name: str) -> dg.AssetsDefinition:
         coders: Coders,
         llms: LLMs,
         progress: ProgressDisplay,
-    ) -> Iterator[dg.MaterializeResult]:
+    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
         (part,) = parts_asked(study, stage_name)
         with llms.open(context, study, store.of(study), [part]) as opened:
             llm = opened[part]

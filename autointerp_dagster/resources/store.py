@@ -21,7 +21,8 @@ from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.core.errors import StudyError
 from autointerp_dagster.core.types import Cell, LayerKey, Place
 from autointerp_dagster.partitions import place_of
-from autointerp_dagster.resources.events import About, Made, observe, report_places
+from autointerp_dagster.resources.checking import check_results
+from autointerp_dagster.resources.events import About, Made, asset_key, observe, report_places
 from autointerp_dagster.resources.showing_lineage import with_lineage
 from autointerp_dagster.resources.stage_inputs import OUTSIDE_CODER, External, StageInputs
 from autointerp_dagster.resources.versions import code_revision, library_versions
@@ -102,6 +103,7 @@ class StageRun(StageInputs):
         self._context, self._about = context, about
         self._done: dict[Place, Made] = {}
         self._started = self._entered = time.time()
+        self._is_reported = False
 
     def __enter__(self) -> Self:
         """The run itself."""
@@ -114,7 +116,8 @@ class StageRun(StageInputs):
         trace: TracebackType | None,
     ) -> None:
         """Reports what was finished before a failure; the failure goes on."""
-        if error is not None and not isinstance(error, GeneratorExit):
+        is_failure = error is not None and not isinstance(error, GeneratorExit)
+        if is_failure and not self._is_reported:
             self._log_events()
 
     def asked(self) -> list[Place]:
@@ -211,12 +214,19 @@ class StageRun(StageInputs):
         observe(self._context, self.study, stage, source, version, self._about)
         return version
 
-    def report(self) -> Iterator[dg.MaterializeResult]:
-        """The step's result, followed by one exact event per finished place."""
+    def report(self) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+        """The step's result, one exact event per finished place, and then the checks.
+
+        Raises:
+            CheckError: If a check refuses what the places hold; their events stay.
+        """
         yield dg.MaterializeResult()
         self._log_events()
+        made = {place: manifest for place, (manifest, _) in self._done.items()}
+        yield from check_results(self, asset_key(self.study, self.stage), made)
 
     def _log_events(self) -> None:
+        self._is_reported = True
         done = with_lineage(self.store, self.stage, self._done, self._read.values())
         report_places(self._context, self.study, self.stage, done)
         run_id = self._context.run_id

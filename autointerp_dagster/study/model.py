@@ -10,6 +10,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from autointerp_dagster.core.config import (
     AdaptiveConfig,
     BestOfNExplainerConfig,
+    ChecksConfig,
     CoderConfig,
     ContrastiveExplainerConfig,
     CorpusConfig,
@@ -82,6 +83,8 @@ class Study(Parameters, frozen=True):
     windows of every latent."""
     floors: FloorsConfig = FloorsConfig()
     metrics: MetricsConfig = MetricsConfig()
+    checks: ChecksConfig = ChecksConfig()
+    """What a result may look like before the rest of a run is stopped."""
     budget: BudgetConfig = BudgetConfig()
     store: str = "store"
     """Folder or URL of the results; a relative folder counts from the working directory."""
@@ -175,11 +178,7 @@ class Study(Parameters, frozen=True):
 
     @model_validator(mode="after")
     def _check_prices(self) -> "Study":
-        models = {
-            "explainer": self.models.explainer,
-            "judge": self.models.judge,
-            "base_lm": self.models.base_lm,
-        }
+        models = {part: getattr(self.models, part) for part in ("explainer", "judge", "base_lm")}
         budget = self.budget
         limits = {"budget.usd": budget.usd, "budget.study_usd": budget.study_usd}
         limits |= {"discovery.nightly.usd": self.discovery.nightly.usd}

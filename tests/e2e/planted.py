@@ -407,7 +407,10 @@ def write_study(
     }  # fmt: skip
     path = folder / "studies" / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(_merged(content, overrides), sort_keys=False))
+    merged = _merged(content, overrides)
+    # The coders know rules and rebuild nothing.
+    merged["checks"] = {"fvu": None, "l0": None, **overrides.get("checks", {})}
+    path.write_text(yaml.safe_dump(merged, sort_keys=False))
     return path
 
 

@@ -7,6 +7,7 @@ from autointerp_dagster.core.config.baseline_coders import (
     PCACoderConfig,
     RandomCoderConfig,
 )
+from autointerp_dagster.core.config.checks import ChecksConfig
 from autointerp_dagster.core.config.coders import CoderConfig, CoderFormat, FileCoderConfig
 from autointerp_dagster.core.config.computing import ComputingConfig
 from autointerp_dagster.core.config.corpus import (
@@ -67,6 +68,7 @@ __all__ = [
     "AdaptiveConfig",
     "BaselineCoderConfig",
     "BestOfNExplainerConfig",
+    "ChecksConfig",
     "CoderConfig",
     "CoderFormat",
     "ComputingConfig",

@@ -16,6 +16,7 @@ from autointerp_dagster.core.sparse_coders.rule import (
     Threshold,
     TopK,
 )
+from autointerp_dagster.core.sparse_coders.unexplained import Unexplained
 
 __all__ = [
     "Activation",
@@ -32,4 +33,5 @@ __all__ = [
     "SparseCoder",
     "Threshold",
     "TopK",
+    "Unexplained",
 ]
