@@ -33,7 +33,7 @@ _EVENTS_EACH = 2
 _LOOKED_BACK = 50
 """Events of a place among which the one of a version that is not the newest is looked for."""
 
-Made = tuple[Manifest, Mapping[str, dg.MetadataValue]]
+Finished = tuple[Manifest, Mapping[str, dg.MetadataValue]]
 """What a place holds now, and tables and plots for the UI only."""
 
 
@@ -87,7 +87,7 @@ def observe_outside_runs(
 
 
 def report_places(
-    context: dg.AssetExecutionContext, study: Study, stage: Stage, made: Mapping[Place, Made]
+    context: dg.AssetExecutionContext, study: Study, stage: Stage, made: Mapping[Place, Finished]
 ) -> None:
     """Records the materialization of some places, as their manifests describe them.
 

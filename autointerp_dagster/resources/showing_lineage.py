@@ -12,7 +12,7 @@ from autointerp_dagster.adapters.manifests import Manifest
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.types import Place
-from autointerp_dagster.resources import events
+from autointerp_dagster.resources.events import Finished
 from autointerp_dagster.resources.plots import table
 from autointerp_dagster.study.stages import SCORE_STAGES, STAGES, Stage
 
@@ -25,9 +25,9 @@ _STAGES = {*SCORE_STAGES, "latent_metrics"}
 def with_lineage(
     store: Store,
     stage: Stage,
-    done: Mapping[Place, events.Made],
+    done: Mapping[Place, Finished],
     known: Iterable[Manifest],
-) -> Mapping[Place, events.Made]:
+) -> Mapping[Place, Finished]:
     """What was made, with a table of its origins where scores are.
 
     Args:

@@ -22,7 +22,7 @@ from autointerp_dagster.core.errors import StudyError
 from autointerp_dagster.core.types import Cell, LayerKey, Place
 from autointerp_dagster.partitions import place_of
 from autointerp_dagster.resources.checking import check_results
-from autointerp_dagster.resources.events import About, Made, asset_key, observe, report_places
+from autointerp_dagster.resources.events import About, Finished, asset_key, observe, report_places
 from autointerp_dagster.resources.showing_lineage import with_lineage
 from autointerp_dagster.resources.stage_inputs import OUTSIDE_CODER, External, StageInputs
 from autointerp_dagster.resources.versions import code_revision, library_versions
@@ -101,7 +101,7 @@ class StageRun(StageInputs):
     ) -> None:
         super().__init__(store, study, stage, parameters, external)
         self._context, self._about = context, about
-        self._done: dict[Place, Made] = {}
+        self._done: dict[Place, Finished] = {}
         self._started = self._entered = time.time()
         self._is_reported = False
 
