@@ -3,6 +3,8 @@
 - ``tiny_subject_model_dir``: 3-layer Llama of width 16, byte-level BPE tokenizer whose BOS is id 0.
 - ``tiny_sparsify_dir``: TopK coders (64 latents, k = 4) at its ``layers.0`` and ``layers.1``.
 - ``hub``: an empty Hugging Face Hub on loopback, see ``hub_server.py``.
+- ``s3``: an S3 server on loopback, see ``object_store.py``.
+- ``postgres``: the URL of a Postgres database on loopback, see ``postgres_server.py``.
 """
 
 import json
@@ -11,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import hub as hub  # a fixture
+from hub_server import hub as hub  # fixtures
+from object_store import s3 as s3
+from postgres_server import postgres as postgres
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -4,15 +4,16 @@ One request a file is nothing on a local disk and minutes for the thousands of s
 study behind a URL; what looks at all of them does it here.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from upath import UPath
 
-from autointerp_dagster.adapters.durable import is_local, store_errors
+from autointerp_dagster.adapters.remote import is_local, store_errors
 from autointerp_dagster.core.errors import StoreError
 
 _TOGETHER = 256
@@ -39,12 +40,14 @@ def list_files(root: UPath, folder: str) -> dict[str, StoredFile]:
     """
     base = _base(root)
     with _listing(root, folder):
-        if not is_local(root):
-            root.fs.invalidate_cache()  # other processes write here
+        if is_local(root):
+            return dict(_local_files(base, folder))
         found = root.fs.find(f"{base}/{folder}".rstrip("/"), detail=True)
     assert isinstance(found, dict)
-    return {
-        str(path).removeprefix(f"{base}/"): stored_file(root, info) for path, info in found.items()
+    return {  # a folder is named where its first file came while this looked
+        str(path).removeprefix(f"{base}/"): stored_file(root, info)
+        for path, info in found.items()
+        if info["type"] != "directory"
     }
 
 
@@ -55,8 +58,6 @@ def look_at(root: UPath, path: str) -> StoredFile | None:
         StoreError: If the store does not answer.
     """
     with _listing(root, path):
-        if not is_local(root):
-            root.fs.invalidate_cache()
         try:
             return stored_file(root, root.fs.info(f"{_base(root)}/{path}"))
         except FileNotFoundError:
@@ -103,6 +104,21 @@ def stored_file(root: UPath, info: Mapping[str, Any]) -> StoredFile:
         f"{root}: this kind of store does not say when a file was written, so what may be removed "
         "cannot be told. Use a local folder, s3://, gs:// or abfs://."
     )
+
+
+def _local_files(base: str, folder: str) -> Iterator[tuple[str, StoredFile]]:
+    """Not by fsspec, to which a folder that a shared disk fails to list is an empty one."""
+    for parent, _, names in os.walk(os.path.join(base, folder), onerror=_raise_unless_gone):
+        for name in names:
+            path = os.path.join(parent, name)
+            with suppress(FileNotFoundError):
+                about = os.stat(path)
+                yield os.path.relpath(path, base), StoredFile(about.st_size, about.st_mtime)
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _base(root: UPath) -> str:

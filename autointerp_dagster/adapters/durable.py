@@ -1,6 +1,7 @@
 """Files of a store, local or remote, that are wholly there after any crash, or not at all."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,34 +9,8 @@ from pathlib import Path
 from upath import UPath
 
 from autointerp_dagster.adapters.local_files import write_whole
+from autointerp_dagster.adapters.remote import is_local, store_errors
 from autointerp_dagster.core.errors import StoreError
-
-_LOCAL = frozenset({"", "file", "local"})
-
-
-def is_local(root: UPath) -> bool:
-    """Whether ``root`` is a folder of this machine."""
-    return root.protocol in _LOCAL
-
-
-@contextmanager
-def store_errors(path: UPath) -> Iterator[None]:
-    """Work on a store, whose failures are OSErrors whatever library speaks to it.
-
-    botocore's and gcsfs's exceptions, for example, are plain ones. They are known by their type
-    alone: what they say may hold signed addresses.
-
-    Raises:
-        OSError: If the store failed.
-    """
-    try:
-        yield
-    except (OSError, StoreError):
-        raise
-    except Exception as error:
-        if is_local(path):
-            raise
-        raise OSError(f"{path}: the store failed with {type(error).__name__}") from error
 
 
 def write_durably(target: UPath, content: bytes | memoryview) -> None:
@@ -49,11 +24,79 @@ def write_durably(target: UPath, content: bytes | memoryview) -> None:
     """
     if not is_local(target):
         with store_errors(target):
-            target.fs.pipe_file(target.path, content)  # one PUT: all or nothing
+            # One PUT: all or nothing. S3's library refuses a view of bytes.
+            target.fs.pipe_file(target.path, bytes(content))
         return
     path = Path(target.path)
     write_whole(path, content)
     sync_folder(path.parent)
+
+
+def read_whole(source: UPath) -> bytes:
+    """What a file holds; a remote one is read by one request, so never half of each of two writes.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        OSError: If it cannot be read.
+    """
+    if is_local(source):
+        return Path(source.path).read_bytes()
+    with store_errors(source):
+        data = source.fs.cat_file(source.path)
+    assert isinstance(data, bytes)
+    return data
+
+
+@contextmanager
+def here(source: UPath) -> Iterator[Path]:
+    """A file on this machine: a local one itself, of a remote one a copy that goes afterwards.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        OSError: If it cannot be read.
+    """
+    if is_local(source):
+        yield Path(source.path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / source.name
+        with store_errors(source):
+            source.fs.get_file(source.path, str(copy))
+        yield copy
+
+
+@contextmanager
+def reading(root: UPath, path: str) -> Iterator[None]:
+    """Reading a file of a store that should be there.
+
+    Raises:
+        StoreError: If it is not, or cannot be read.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"{root}/{path}: missing. Materialize the cell that wrote it again."
+        ) from error
+    except OSError as error:
+        raise StoreError(f"{root}/{path}: cannot be read: {error}.") from error
+
+
+@contextmanager
+def writing(root: UPath, path: str) -> Iterator[None]:
+    """Writing a file of a store.
+
+    Raises:
+        StoreError: If it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        remedy = "free space or fix the permissions and run" if is_local(root) else "run"
+        raise StoreError(
+            f"{root}/{path}: cannot be written: {error}. Nothing of it will be read; {remedy} "
+            "again."
+        ) from error
 
 
 def sync_folder(folder: Path) -> None:

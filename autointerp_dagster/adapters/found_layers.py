@@ -15,9 +15,10 @@ from urllib.parse import quote
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from autointerp_dagster.adapters.bulk import list_files, read_files
-from autointerp_dagster.adapters.durable import store_errors, write_durably
+from autointerp_dagster.adapters.durable import write_durably
 from autointerp_dagster.adapters.heads import is_temporary
 from autointerp_dagster.adapters.hookpoints import natural_order
+from autointerp_dagster.adapters.remote import store_errors
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.types import LayerKey

@@ -12,7 +12,8 @@ from pathlib import Path
 from upath import UPath
 
 from autointerp_dagster.adapters.bulk import look_at
-from autointerp_dagster.adapters.durable import is_local
+from autointerp_dagster.adapters.durable import read_whole, write_durably
+from autointerp_dagster.adapters.remote import is_local
 
 _YOUNG_S = 12 * 3600.0
 """Half of the age at which anything is ever pruned; clocks may differ by the other half."""
@@ -30,7 +31,7 @@ def renew(root: UPath, path: str) -> bool:
         return touch(Path(file.path))
     found = look_at(root, path)
     if found is not None and not _is_young(found.written):
-        root.fs.pipe_file(file.path, root.fs.cat_file(file.path))
+        write_durably(file, read_whole(file))
     return found is not None
 
 

@@ -15,8 +15,8 @@ import logging
 import os
 import tempfile
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,8 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from upath import UPath
 
-from autointerp_dagster.adapters.durable import is_local, write_durably
+from autointerp_dagster.adapters.bulk import list_files, look_at
+from autointerp_dagster.adapters.durable import here, read_whole, reading, write_durably, writing
 from autointerp_dagster.adapters.hashing import HASH_BLOCK, file_checksum, table_hash, tensors_hash
 from autointerp_dagster.adapters.local_files import TEMPORARY, remove_forgotten
 from autointerp_dagster.adapters.manifests import (
@@ -46,6 +47,7 @@ from autointerp_dagster.adapters.parquet import (
     encodings,
     write_frames,
 )
+from autointerp_dagster.adapters.remote import is_local, open_root, store_errors
 from autointerp_dagster.adapters.renewing import is_reusable, renew
 from autointerp_dagster.adapters.tensor_files import mapped_tensors
 from autointerp_dagster.core.errors import StoreError
@@ -70,8 +72,11 @@ class Store:
 
         Args:
             root: Folder or URL; made when the first blob is written.
+
+        Raises:
+            StoreError: If no such URL can be opened here.
         """
-        self.root = UPath(root)
+        self.root = open_root(root)
 
     def put_table(self, table: Table, frame: pl.DataFrame, *, name: str | None = None) -> Blob:
         """Writes a table; equal bytes are stored once.
@@ -112,7 +117,7 @@ class Store:
         folder = Path(self.root.path) / "blobs" if on_disk else Path(tempfile.gettempdir())
         temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}.tmp"
         try:
-            with self._writes("blobs"):
+            with writing(self.root, "blobs"):
                 folder.mkdir(parents=True, exist_ok=True)
                 remove_forgotten(folder)
                 with temporary.open("wb") as file:
@@ -185,15 +190,15 @@ class Store:
         return load_tensors(self.verified_bytes(blob))
 
     def mapped_tensors(self, blob: Blob) -> dict[str, np.ndarray]:
-        """Named arrays for reading; those of a local store are in memory only as a file cache.
+        """Named arrays for reading, in memory only as a file cache.
+
+        A remote file is copied for it, into Python's ``tempfile.gettempdir()``.
 
         Raises:
             StoreError: As :meth:`tensors`; all bytes are compared before this returns.
         """
-        if not is_local(self.root):
-            return self.tensors(blob)
-        with self._reads(blob.path):
-            if file_checksum(path := Path((self.root / blob.path).path)) != blob.checksum:
+        with reading(self.root, blob.path), here(self.root / blob.path) as path:
+            if file_checksum(path) != blob.checksum:
                 raise self._damaged(blob, "the checksum is")
             return mapped_tensors(path)
 
@@ -209,13 +214,14 @@ class Store:
         """
         path, start, stop = self.root / blob.path, parts[0].start, parts[-1].stop
         data: Any = None
-        with self._reads(blob.path):
+        with reading(self.root, blob.path):
             if is_local(self.root):
                 with Path(path.path).open("rb") as file:
                     file.seek(start)
                     data = file.read(stop - start)
             else:
-                data = path.fs.cat_file(path.path, start=start, end=stop)
+                with store_errors(path):
+                    data = path.fs.cat_file(path.path, start=start, end=stop)
         for part in parts:
             if digest_of(memoryview(data)[part.start - start : part.stop - start]) != part.digest:
                 raise self._damaged(blob, f"bytes {part.start} to {part.stop} are")
@@ -248,10 +254,7 @@ class Store:
         One that cannot be read, or whose blobs are not all there, counts as absent: what was
         damaged and deleted is made again.
         """
-        folder = self.root / stage / input_fingerprint
-        if not folder.is_dir():
-            return None
-        paths = [f"{stage}/{input_fingerprint}/{path.name}" for path in folder.glob("*.json")]
+        paths = [p for p in list_files(self.root, f"{stage}/{input_fingerprint}") if is_manifest(p)]
         found = [manifest for path in paths if (manifest := self._readable(path)) is not None]
         complete = [m for m in found if m.complete and all(self._has(blob) for blob in m.blobs)]
         return max(complete, key=lambda m: (m.provenance.finished, m.path or ""), default=None)
@@ -264,7 +267,7 @@ class Store:
         """As :meth:`find_part`, for use in a manifest to come: until then nobody prunes it."""
         part = self.find_part(stage, fingerprint)
         path = f"parts/{stage}/{fingerprint}.json"
-        with self._writes(path):
+        with writing(self.root, path):
             return part if part is not None and renew(self.root, path) else None
 
     def find_part(self, stage: str, fingerprint: str) -> Part | None:
@@ -273,10 +276,11 @@ class Store:
         One that cannot be read, or that lacks its blob, counts as absent.
         """
         path = f"parts/{stage}/{fingerprint}.json"
-        if not (self.root / path).exists():
+        data = self._read_if_there(path)
+        if data is None:
             return None
         try:
-            part = Part.from_json(self._read(path))
+            part = Part.from_json(data)
         except ValueError as error:
             _logger.warning("%s/%s: cannot be read, made again: %s", self.root, path, error)
             return None
@@ -296,7 +300,7 @@ class Store:
         if before == manifest.path:
             return
         if before is not None and is_manifest(before):
-            with self._writes(before):
+            with writing(self.root, before):
                 renew(self.root, before)
         self._write(f"heads/{study}/{asset}/{cell}", f"{manifest.path}\n".encode())
 
@@ -308,7 +312,7 @@ class Store:
         """
         path = manifest.path or ""
         if self._pointer(study, asset, cell) != path:
-            with self._writes(path):
+            with writing(self.root, path):
                 if not renew(self.root, path):
                     return False
             self.set_head(study, asset, cell, manifest)
@@ -320,10 +324,8 @@ class Store:
         return None if path is None else self.manifest(path)
 
     def _pointer(self, study: str, asset: str, cell: str) -> str | None:
-        path = f"heads/{study}/{asset}/{cell}"
-        if not (self.root / path).exists():
-            return None
-        return self._read(path).decode(errors="replace").strip()
+        data = self._read_if_there(f"heads/{study}/{asset}/{cell}")
+        return None if data is None else data.decode(errors="replace").strip()
 
     def _readable(self, path: str) -> Manifest | None:
         try:
@@ -333,7 +335,7 @@ class Store:
             return None
 
     def _has(self, blob: Blob) -> bool:
-        return (self.root / blob.path).exists()
+        return look_at(self.root, blob.path) is not None
 
     def _put_blob(
         self, name: str, data: bytes, suffix: str, content_hash: str, n_rows: int | None
@@ -358,22 +360,16 @@ class Store:
         )
 
     def _read(self, path: str) -> bytes:
-        with self._reads(path):
-            return (self.root / path).read_bytes()
+        with reading(self.root, path):
+            return read_whole(self.root / path)
 
-    @contextmanager
-    def _reads(self, path: str) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError as error:
-            raise StoreError(
-                f"{self.root}/{path}: missing. Materialize the cell that wrote it again."
-            ) from error
-        except OSError as error:
-            raise StoreError(f"{self.root}/{path}: cannot be read: {error}.") from error
+    def _read_if_there(self, path: str) -> bytes | None:
+        with reading(self.root, path), suppress(FileNotFoundError):
+            return read_whole(self.root / path)
+        return None
 
     def _write(self, path: str, data: bytes) -> None:
-        with self._writes(path):
+        with writing(self.root, path):
             write_durably(self.root / path, data)
 
     def _take(self, temporary: Path, path: str) -> None:
@@ -385,14 +381,5 @@ class Store:
             Path(target.path).parent.mkdir(parents=True, exist_ok=True)
             temporary.replace(target.path)
         else:
-            target.fs.put_file(str(temporary), target.path)  # seen when it is whole
-
-    @contextmanager
-    def _writes(self, path: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise StoreError(
-                f"{self.root}/{path}: cannot be written: {error}. Nothing of it will be read; "
-                "free space or fix the permissions and run again."
-            ) from error
+            with store_errors(target):
+                target.fs.put_file(str(temporary), target.path)  # seen when it is whole

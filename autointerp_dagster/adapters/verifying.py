@@ -9,18 +9,15 @@ Files are read in pieces; nothing grows with their size but a temporary copy of 
 """
 
 import hashlib
-import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
 import pyarrow as pa
 
-from autointerp_dagster.adapters.bulk import list_files
-from autointerp_dagster.adapters.durable import is_local, store_errors
+from autointerp_dagster.adapters.bulk import list_files, look_at
+from autointerp_dagster.adapters.durable import here
 from autointerp_dagster.adapters.hashing import tensor_file_hash
 from autointerp_dagster.adapters.heads import Name, read_manifests, read_pointers
 from autointerp_dagster.adapters.manifests import (
@@ -31,6 +28,7 @@ from autointerp_dagster.adapters.manifests import (
     is_manifest,
 )
 from autointerp_dagster.adapters.parquet import table_file_hash
+from autointerp_dagster.adapters.remote import is_local, store_errors
 from autointerp_dagster.adapters.shards import CONTENT, OFFSETS
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.core.errors import StoreError
@@ -128,7 +126,7 @@ def _walk(store: Store, study: str, names: Collection[Name] | None, found: Verif
             else:
                 asset, cell, _ = new[path]
                 text = str(manifest).removeprefix(f"{store.root}/{path}: ")
-                is_there = (store.root / path).exists()
+                is_there = look_at(store.root, path) is not None
                 found.faults.append(Fault("manifest", asset, cell, path, text, is_there))
     found.n_manifests = len(seen)
     for asset, cell, path in heads:
@@ -222,20 +220,16 @@ def _opened(store: Store, path: str) -> Iterator[BinaryIO]:
         StoreError: If a remote store does not answer.
     """
     source = store.root / path
-    if is_local(source):
-        with Path(source.path).open("rb") as file:
-            yield file
-        return
-    with tempfile.TemporaryFile() as copy:
+    with ExitStack() as stack:
         try:
-            with store_errors(source), source.open("rb") as remote:
-                shutil.copyfileobj(remote, copy, _PIECE)
+            file = stack.enter_context(stack.enter_context(here(source)).open("rb"))
         except FileNotFoundError:
             raise
         except OSError as error:
+            if is_local(source):
+                raise
             raise StoreError(f"{source}: cannot be read: {error}.") from error
-        copy.seek(0)
-        yield copy
+        yield file
 
 
 def _read_through(file: BinaryIO, update: Callable[[bytes], None]) -> int:
@@ -305,7 +299,7 @@ def discard(store: Store, found: Verified) -> list[str]:
             sisters = read_manifests(store, set(list_files(store.root, folder)))
             known |= {path: m for path, m in sisters.items() if isinstance(m, Manifest)}
     others = [f.path for f in found.faults if f.kind in ("head", "blob")]
-    removed = [path for path in (*sorted(lost), *others) if (store.root / path).exists()]
+    removed = [path for path in (*sorted(lost), *others) if look_at(store.root, path) is not None]
     for path in removed:
         with _asking(store, path):
             (store.root / path).unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from upath import UPath
 
+from autointerp_dagster.adapters.bulk import list_files
 from autointerp_dagster.adapters.manifests import Manifest, Part, Provenance, content_hash_of
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.core.errors import StoreError
@@ -39,8 +41,10 @@ def manifest(store, blobs=(), *, complete=True, finished="2026-01-01", fingerpri
     )
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "s3"])
 def store(request, tmp_path):
+    if request.param == "s3":
+        return Store(request.getfixturevalue("s3").new_root())
     return Store(tmp_path if request.param == "local" else f"memory://{tmp_path.name}")
 
 
@@ -180,6 +184,20 @@ def test_a_full_disk_leaves_nothing_that_is_read(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     assert store.table(store.put_table(ACTIVATIONS, rows())).equals(rows())
+
+
+def test_a_folder_that_a_shared_disk_fails_to_list_is_no_empty_one(tmp_path, monkeypatch):
+    store, listing = Store(tmp_path), os.scandir
+    store.set_head("study", "activation_cache", "cell", manifest(store))
+
+    def stale(path):
+        if str(path).endswith("study"):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return listing(path)
+
+    monkeypatch.setattr("os.scandir", stale)
+    with pytest.raises(StoreError, match=r"heads: cannot be looked at: .*Stale file handle"):
+        list_files(store.root, "heads")
 
 
 KILLED = """

@@ -33,6 +33,7 @@ def test_a_store_that_is_not_local_gives_the_same_arrays(tmp_path):
     wanted = np.arange(5, dtype=np.int32)
     found = store.mapped_tensors(store.put_tensors("tokens", {"tokens": wanted}))
     assert np.array_equal(found["tokens"], wanted)
+    assert not found["tokens"].flags.writeable  # a file's, as on a local disk
 
 
 def test_a_damaged_file_is_refused_before_it_is_mapped(tmp_path):

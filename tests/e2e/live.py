@@ -10,18 +10,19 @@ import urllib.request
 from pathlib import Path
 
 STARTING_S = 120
+SETTINGS = "telemetry: {enabled: false}\nnux: {enabled: false}\n"
 
 
 class LiveDagster:
     """One server with its daemon."""
 
-    def __init__(self, folder: Path, studies: Path) -> None:
+    def __init__(self, folder: Path, studies: Path, settings: str = SETTINGS) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         home = folder / "home"
         home.mkdir()
-        (home / "dagster.yaml").write_text("telemetry: {enabled: false}\nnux: {enabled: false}\n")
+        (home / "dagster.yaml").write_text(settings)
         environment = os.environ | {
             "DAGSTER_HOME": str(home),
             "AUTOINTERP_STUDIES": str(studies),

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from upath import UPath
 
-from autointerp_dagster.adapters.durable import is_local
 from autointerp_dagster.adapters.llm.backend import Backend
 from autointerp_dagster.adapters.llm.client import JournaledLLM, Mode, OnMissing
 from autointerp_dagster.adapters.llm.journal.journal import Journal
 from autointerp_dagster.adapters.llm.ledger import Ledger
 from autointerp_dagster.adapters.llm.managed.servers import ManagedServers
+from autointerp_dagster.adapters.remote import is_local
 from autointerp_dagster.core.config.models import LLMConfig, LocalLLMConfig
 from autointerp_dagster.core.errors import ModelError
 

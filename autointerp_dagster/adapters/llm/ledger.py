@@ -20,8 +20,8 @@ from typing import Any, Literal, NamedTuple, Self
 
 from upath import UPath
 
-from autointerp_dagster.adapters.durable import is_local
 from autointerp_dagster.adapters.local_files import write_whole
+from autointerp_dagster.adapters.remote import is_local, store_errors
 from autointerp_dagster.core.config.models import RemoteLLMConfig
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.llm import Request, Usage, estimated_tokens
@@ -86,11 +86,12 @@ class SpendFile:
             StoreError: If the store cannot be written.
         """
         try:
-            self._replace(json.dumps(asdict(usage)).encode())
-        except Exception as error:  # clients of remote stores raise errors of their own
+            with store_errors(self._path):
+                self._replace(json.dumps(asdict(usage)).encode())
+        except OSError as error:
             raise StoreError(
                 f"{self._path}: what was spent cannot be written: {error}. Free space or fix the "
-                "permissions and run again."
+                "access and run again."
             ) from error
 
     def _replace(self, content: bytes) -> None:
@@ -117,13 +118,13 @@ class SpendFile:
         """By path. One listing, and one request for all files that are new or have changed."""
         files, folder = self._study_folder.fs, self._study_folder.path
         try:
-            files.invalidate_cache(folder)
-            found: Any = files.find(folder, detail=True)
-            listed = {path: of for path, of in found.items() if path.endswith(".json")}
-            known = {path: of for path, of in self._read.items() if of[0] == listed.get(path)}
-            paths = [path for path in listed if path not in known]
-            fresh: Any = files.cat(paths) if paths else {}
-        except Exception as error:  # clients of remote stores raise errors of their own
+            with store_errors(self._study_folder):
+                found: Any = files.find(folder, detail=True)
+                listed = {path: of for path, of in found.items() if path.endswith(".json")}
+                known = {path: of for path, of in self._read.items() if of[0] == listed.get(path)}
+                paths = [path for path in listed if path not in known]
+                fresh: Any = files.cat(paths) if paths else {}
+        except OSError as error:
             raise StoreError(
                 f"{self._study_folder}: what was spent cannot be read: {error}. Fix the access and "
                 "run again."

@@ -23,9 +23,9 @@ from pathlib import Path
 from upath import UPath
 
 from autointerp_dagster.adapters.bulk import list_files, look_at
-from autointerp_dagster.adapters.durable import is_local, store_errors
 from autointerp_dagster.adapters.local_files import remove_unless_written_since
 from autointerp_dagster.adapters.pruning.survey import Doomed, Found, Kind, Survey
+from autointerp_dagster.adapters.remote import is_local, store_errors
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.types import Progress, silent

@@ -126,14 +126,14 @@ def test_a_template_that_a_remote_store_cannot_read_is_a_store_error(tmp_path, m
     recorded = replace(entry("a"), n_shared=1)
     with Journal(root, wal_dir=tmp_path) as journal:
         journal.record(BLOCK, recorded).result()
-    real = MemoryFileSystem._open
+    real = MemoryFileSystem.cat_file
 
     def flaky(self, path, *args, **kwargs):
         if "templates" in path:
             raise ForeignError("secret-key")
         return real(self, path, *args, **kwargs)
 
-    monkeypatch.setattr(MemoryFileSystem, "_open", flaky)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", flaky)
     with pytest.raises(StoreError, match="ForeignError"):
         Journal(root, wal_dir=tmp_path).find("a", BLOCK)
 

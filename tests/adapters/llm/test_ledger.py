@@ -270,9 +270,9 @@ def test_errors_of_a_remote_stores_own_kind_are_store_errors(odd_store):
     file.write(paid(1.0, 1))
     assert SpendFile(odd_store.root, "study", "next").read_others().study == Cost(1.0, 1)
     odd_store.is_down = True
-    with pytest.raises(StoreError, match="cannot be written: no endpoint"):
+    with pytest.raises(StoreError, match="cannot be written: the store failed with OddError"):
         file.write(paid(1.0, 1))
-    with pytest.raises(StoreError, match="cannot be read: no endpoint"):
+    with pytest.raises(StoreError, match="cannot be read: the store failed with OddError"):
         SpendFile(odd_store.root, "study", "next").read_others()
 
 

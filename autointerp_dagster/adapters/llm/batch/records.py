@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
-from autointerp_dagster.adapters.durable import write_durably
+from autointerp_dagster.adapters.bulk import list_files, look_at, read_files
+from autointerp_dagster.adapters.durable import here, read_whole, reading, write_durably
 from autointerp_dagster.core.config.models import RemoteLLMConfig
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.llm import (
@@ -35,6 +37,7 @@ from autointerp_dagster.core.llm import (
     Request,
 )
 
+_FOLDER = "batches"
 _ROWS_AT_ONCE = 1024
 _ID_BYTES = 16
 """Of a ``call_id``, which is written in hexadecimal digits."""
@@ -133,14 +136,16 @@ class Batch:
             return None
         for root in roots:
             path = record_path(root, batch)
-            if path.exists():
+            if look_at(root, f"{_FOLDER}/{path.name}") is not None:
                 return cls._read(root, batch, path)
         return None
 
     @classmethod
     def _read(cls, root: UPath, name: str, path: UPath) -> "Batch":
+        with reading(root, f"{_FOLDER}/{path.name}"):
+            content = read_whole(path)
         with _reading(path):
-            table = pq.read_table(io.BytesIO(path.read_bytes()))
+            table = pq.read_table(io.BytesIO(content))
             about = json.loads((table.schema.metadata or {})[_ABOUT])
             config = RemoteLLMConfig.model_validate(about["config"])
             rows_of: dict[str, list[int]] = {}
@@ -169,13 +174,15 @@ class Outstanding:
         Raises:
             StoreError: If a record cannot be read.
         """
-        paths = sorted((root / "batches").glob("*.parquet"), key=lambda path: path.name)
+        files = sorted(list_files(root, _FOLDER))
+        paths = [path for path in files if path.endswith(".parquet")]
         self._names: list[str] = []
         """How people know a batch: its name and file."""
         ids, owners = [np.empty(0, _ID)], [np.empty(0, np.uint32)]
         for number, path in enumerate(paths):
-            with _reading(path):
-                name, mine = _ids_of(path)
+            failed = [f for f in files if f.endswith(".failed") and f.startswith(path[:-7])]
+            with reading(root, path), here(root / path) as file, _reading(root / path):
+                name, mine = _ids_of(file, [ids for _, ids in read_files(root, failed) if ids])
             self._names.append(name)
             ids.append(mine)
             owners.append(np.full(len(mine), number, np.uint32))
@@ -204,7 +211,7 @@ def note_failed(root: UPath, batch: str, call_ids: Collection[str]) -> None:
     """
     content = b"".join(sorted(bytes.fromhex(call_id) for call_id in call_ids))
     digest = hashlib.blake2b(content, digest_size=8).hexdigest()
-    target = root / "batches" / f"{batch}.{digest}.failed"
+    target = root / _FOLDER / f"{batch}.{digest}.failed"
     with writing(target):
         write_durably(target, content)
 
@@ -217,14 +224,15 @@ def split_custom_id(custom_id: str) -> tuple[str, str] | None:
 
 def record_path(root: UPath, batch: str) -> UPath:
     """Where the record of a batch is."""
-    return root / "batches" / f"{batch}.parquet"
+    return root / _FOLDER / f"{batch}.parquet"
 
 
 def new_batch(root: UPath, taken: Collection[str]) -> str:
     """A name that no batch of the store has, and none of ``taken``."""
     while True:
         batch = secrets.token_hex(4)
-        if batch not in taken and not record_path(root, batch).exists():
+        name = record_path(root, batch).name
+        if batch not in taken and look_at(root, f"{_FOLDER}/{name}") is None:
             return batch
 
 
@@ -232,16 +240,15 @@ _ID = np.dtype(f"S{_ID_BYTES}")
 """Padded with zeros, which numpy drops from both sides of a comparison."""
 
 
-def _ids_of(path: UPath) -> tuple[str, np.ndarray]:
+def _ids_of(path: Path, failed: Iterable[bytes]) -> tuple[str, np.ndarray]:
     """How people know a batch, and the ids of its questions that did not fail."""
-    with path.open("rb") as file:
-        table = pq.read_table(file, columns=["call_id", "stage", "coder_hash", "block"])
+    table = pq.read_table(path, columns=["call_id", "stage", "coder_hash", "block"])
     about = json.loads((table.schema.metadata or {})[_ABOUT])
     calls = _as_ids(bytes.fromhex("".join(table["call_id"].to_pylist())))
     columns = [column.to_pylist() for column in table.columns]
     asked = _as_ids(b"".join(_place_id(*row) for row in zip(*columns, strict=True)))
-    for failed in path.parent.glob(f"{path.stem}.*.failed"):
-        is_open = ~np.isin(calls, _as_ids(failed.read_bytes()))
+    for ids in failed:
+        is_open = ~np.isin(calls, _as_ids(ids))
         calls, asked = calls[is_open], asked[is_open]
     file_name = about.get("file")
     return (f"{path.stem} ({file_name})" if file_name else path.stem), asked

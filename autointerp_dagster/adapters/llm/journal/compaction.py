@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 from upath import UPath
 
-from autointerp_dagster.adapters.durable import is_local, store_errors
 from autointerp_dagster.adapters.llm.journal.replies import BlockReplies, ReplyBatch
 from autointerp_dagster.adapters.llm.journal.segments import (
     ROWS_PER_GROUP,
@@ -30,6 +29,7 @@ from autointerp_dagster.adapters.llm.journal.segments import (
     read_replies,
     segment_writer,
 )
+from autointerp_dagster.adapters.remote import store_errors
 
 MERGE_FROM = 16
 """Segments of one size class before they are merged; a class spans a factor of 16 in bytes, so a
@@ -93,8 +93,6 @@ def _within_limit(segments: list[SizedSegment]) -> list[list[SizedSegment]]:
 
 
 def _sized(folder: UPath) -> list[SizedSegment]:
-    if not is_local(folder):
-        folder.fs.invalidate_cache()
     found = folder.fs.ls(folder.path, detail=True)
     sizes = {str(info["name"]).rsplit("/", maxsplit=1)[-1]: int(info["size"]) for info in found}
     names = sorted(name for name in sizes if name.endswith(".parquet"))

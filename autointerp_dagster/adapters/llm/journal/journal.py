@@ -21,7 +21,6 @@ from typing import Self
 import pyarrow as pa
 from upath import UPath
 
-from autointerp_dagster.adapters.durable import is_local
 from autointerp_dagster.adapters.llm.backend import Reply
 from autointerp_dagster.adapters.llm.journal.compaction import compact, due, everything
 from autointerp_dagster.adapters.llm.journal.entries import Entry, to_line
@@ -35,6 +34,7 @@ from autointerp_dagster.adapters.llm.journal.segments import (
 )
 from autointerp_dagster.adapters.llm.journal.templates import TemplateStore, template_of
 from autointerp_dagster.adapters.llm.journal.wal import Line, orphaned_logs, set_aside
+from autointerp_dagster.adapters.remote import is_local
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.llm import JournalBlock
 

@@ -16,12 +16,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from upath import UPath
 
-from autointerp_dagster.adapters.durable import (
-    is_local,
-    store_errors,
-    write_durably,
-)
+from autointerp_dagster.adapters.bulk import list_files
+from autointerp_dagster.adapters.durable import write_durably
 from autointerp_dagster.adapters.llm.journal.entries import Entry
+from autointerp_dagster.adapters.remote import is_answer_of_store, is_local
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.llm import JournalBlock, Token
 
@@ -246,6 +244,8 @@ def opened(path: UPath, dictionary: Sequence[str] = ()) -> Iterator[pq.ParquetFi
     except FileNotFoundError:
         raise
     except (OSError, KeyError, pa.ArrowException) as error:  # KeyError: other columns than ours
+        if isinstance(error, OSError) and not is_local(path) and is_answer_of_store(error):
+            raise _unreachable(path, error) from error
         raise StoreError(
             f"{path}: not a readable journal segment ({error}). Delete it to pay again."
         ) from error
@@ -257,16 +257,13 @@ def opened(path: UPath, dictionary: Sequence[str] = ()) -> Iterator[pq.ParquetFi
 
 def _listed(folder: UPath) -> list[UPath]:
     try:
-        with store_errors(folder):
-            if not is_local(folder):
-                folder.fs.invalidate_cache()  # other processes write here
-            return list(folder.rglob("*.parquet")) if folder.exists() else []
-    except OSError as error:
+        return [folder / path for path in list_files(folder, "") if path.endswith(".parquet")]
+    except StoreError as error:
         raise _unreachable(folder, error) from error
 
 
 def _unreachable(path: UPath, error: Exception) -> StoreError:
-    what = str(error) if isinstance(error, OSError) else type(error).__name__
+    what = str(error) if isinstance(error, OSError | StoreError) else type(error).__name__
     return StoreError(
         f"{path}: the journal cannot be read ({what}). Run again when the store answers; nothing "
         "is paid twice."

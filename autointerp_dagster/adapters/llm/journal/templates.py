@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from upath import UPath
 
-from autointerp_dagster.adapters.durable import store_errors, write_durably
+from autointerp_dagster.adapters.durable import read_whole, write_durably
 from autointerp_dagster.adapters.llm.journal.entries import messages_of, messages_to_json
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.llm import Message
@@ -71,8 +71,7 @@ class TemplateStore:
     def _messages(self, address: str) -> tuple[Message, ...]:
         path = self._path(address)
         try:
-            with store_errors(path):
-                content = path.read_bytes()
+            content = read_whole(path)
         except OSError as error:
             raise StoreError(
                 f"{path}: the beginning of a prompt cannot be read ({error}). "
