@@ -13,7 +13,7 @@ from benchmarks.measure import NotMeasured, Result
 from rehearsals.faults.rehearsal import Rehearsal, none, say
 from rehearsals.faults.trial import n_differing
 
-N_STORES = 4
+N_STORES = 6
 """Runs whose store's disk is full after some share of what the study takes."""
 _SPOOL_BYTES = 16_384
 _HOME_SHARE = 0.5
