@@ -44,7 +44,7 @@ check: $(READY)  ## Format, lint, types, import contracts, definitions, wheel: w
 bench: $(READY)  ## Run the benchmarks; one JSON line per bar.
 	$(BIN)/python -m benchmarks
 
-rehearse: $(READY)  ## Rehearse a study of 1,024 cells a stage (8 minutes); a JSON line per figure.
+rehearse: $(READY)  ## Rehearse a large study, kills, full disks, S3 errors, two daemons (40 minutes); a JSON line per figure.
 	$(BIN)/python -m rehearsals
 
 clean:  ## Remove results, Dagster's records and the environment.

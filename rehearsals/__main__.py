@@ -8,7 +8,7 @@ import sys
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS"):
     os.environ.setdefault(_name, "1")  # read when the libraries are first imported, below
 
-NAMES = ("scale",)
+NAMES = ("scale", "faults")
 
 
 def main(arguments: list[str]) -> int:

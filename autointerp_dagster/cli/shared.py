@@ -1,7 +1,9 @@
 """What the commands share: arguments, options, consoles, and how an error is told."""
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,9 +11,10 @@ from typing import Annotated, Any
 import dagster as dg
 import typer
 from rich.console import Console
+from sqlalchemy.exc import SQLAlchemyError
 
 from autointerp_dagster.adapters.study_layers import with_plain_layers
-from autointerp_dagster.core.errors import AutoInterpError, StudyError
+from autointerp_dagster.core.errors import AutoInterpError, StudyError, told
 from autointerp_dagster.study import Study, load_study
 
 console = Console()
@@ -31,6 +34,10 @@ RangesOption = Annotated[
     typer.Option(help="Only these ranges, e.g. 0000000-0002047; may be given several times."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="As JSON, for scripts.")]
+
+
+class RecordsError(AutoInterpError):
+    """Dagster's records, of runs and events, cannot be read or written."""
 
 
 def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -68,11 +75,49 @@ def study_of(name: str) -> Study:
     return with_plain_layers(load_study(path))
 
 
-def dagster_instance() -> dg.DagsterInstance:
-    """The instance of DAGSTER_HOME, which is ``./dagster_home`` unless set."""
+@contextmanager
+def dagster_instance() -> Iterator[dg.DagsterInstance]:
+    """The instance of DAGSTER_HOME, which is ``./dagster_home`` unless set.
+
+    Raises:
+        RecordsError: If its records cannot be read or written, then or in the block.
+    """
     home = Path(os.environ.setdefault("DAGSTER_HOME", str(Path("dagster_home").resolve())))
-    home.mkdir(parents=True, exist_ok=True)
-    settings = home / "dagster.yaml"
-    if not settings.exists():
-        settings.write_text("telemetry: {enabled: false}\nnux: {enabled: false}\n")
-    return dg.DagsterInstance.get()
+    streams = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        settings = home / "dagster.yaml"
+        if not settings.exists():
+            settings.write_text("telemetry: {enabled: false}\nnux: {enabled: false}\n")
+        with dg.DagsterInstance.get() as instance:
+            yield instance
+    except (dg.DagsterError, SQLAlchemyError, OSError) as error:
+        cause = next((one for one in _causes(error) if _is_of(one, home)), None)
+        if cause is None:
+            raise
+        for descriptor, kept in streams.items():  # may still lead to a log among the records
+            os.dup2(kept, descriptor)
+        free = f", {shutil.disk_usage(home).free / 1e6:.1f} MB are free" if home.is_dir() else ""
+        raise RecordsError(
+            f"{home}: Dagster's records cannot be read or written: {told(cause)}{free}. Free space "
+            "there, or name another folder in DAGSTER_HOME, and run again: what is finished is in "
+            "the study's store and is not made again."
+        ) from error
+    finally:
+        for kept in streams.values():
+            os.close(kept)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that led to it."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
+
+
+def _is_of(error: BaseException, home: Path) -> bool:
+    """Whether an error is one of Dagster's records."""
+    if isinstance(error, OSError):
+        return error.filename is not None and Path(str(error.filename)).is_relative_to(home)
+    return isinstance(error, SQLAlchemyError)

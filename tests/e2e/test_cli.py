@@ -204,3 +204,16 @@ def test_a_wrong_argument_is_named_without_a_traceback(small, arguments, message
 
 def _range_of(bench, latent):
     return next(r for r in bench.study.ranges if r.start <= latent < r.stop)
+
+
+def test_records_of_dagster_that_cannot_be_used_are_told_in_a_line(small, tmp_path, monkeypatch):
+    (tmp_path / "history").mkdir()
+    (tmp_path / "history" / "runs.db").write_bytes(b"no database " * 1000)
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    answer = invoke("run", small.path)
+    assert answer.exit_code == 1
+    assert re.fullmatch(
+        rf"RecordsError {tmp_path}: Dagster's records cannot be read or written: DatabaseError: "
+        r".*file is not a database, [\d.]+ MB are free\. Free space there, or .*\n",
+        answer.output,
+    )

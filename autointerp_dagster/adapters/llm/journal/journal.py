@@ -310,7 +310,10 @@ class Journal:
             try:
                 self._open.log.append([write.line for write in writes])
             except Exception as error:  # noqa: BLE001 somebody waits for each of these calls
-                failure = StoreError(f"{self._wal_folder}: the journal cannot be written: {error}.")
+                failure = StoreError(
+                    f"{self._wal_folder}: the journal cannot be written: {error}. Free space there "
+                    "or fix the permissions, and run again: earlier answers are not paid again."
+                )
             else:
                 failure = None
                 with self._state:

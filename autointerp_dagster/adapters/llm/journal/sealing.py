@@ -115,7 +115,10 @@ class Sealer:
 
 def unwritable(root: UPath, error: OSError) -> StoreError:
     """The error of a store that did not take a segment."""
-    return StoreError(f"{root}: a segment cannot be written: {error}.")
+    return StoreError(
+        f"{root}: a segment of the journal cannot be written: {error}. Free space there or fix the "
+        "permissions, and run again: answers that came are in a log and are not paid again."
+    )
 
 
 def _table(entries: list[Entry]) -> tuple[pa.Table, set[Template | None]]:
