@@ -31,7 +31,7 @@ def embedding_asset(study: Study, name: str) -> dg.AssetsDefinition:
         models: SubjectModels,
         embedders: Embedders,
         progress: ProgressDisplay,
-    ) -> Iterator[dg.MaterializeResult]:
+    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
         config = study.scorers.of(name)
         detokenizer, embedder = models.of(study).detokenizer, embedders.of(study)
 
