@@ -84,7 +84,7 @@ def stage_asset(study: Study, name: str) -> Callable[[Callable[..., Any]], dg.As
             )
             for check in checks_of(study, stage)
         ],
-        "automation_condition": _follows() if stage.follows else None,
+        "automation_condition": dg.AutomationCondition.eager() if stage.follows else None,
     }
     with _known_betas():
         return dg.asset(**options)
@@ -103,13 +103,6 @@ def _known_betas() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.BetaWarning)
         yield
-
-
-def _follows() -> dg.AutomationCondition:
-    """When any input changes, unless a check refuses one."""
-    condition = dg.AutomationCondition
-    refused = condition.any_checks_match(condition.check_failed(), blocking_only=True)
-    return condition.eager() & ~condition.any_deps_match(refused)
 
 
 def _options(study: Study, stage: Stage) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import dagster as dg
 
+from autointerp_dagster.core.errors import AutoInterpError
 from autointerp_dagster.resources.events import asset_key
 from autointerp_dagster.resources.plots import table
 from autointerp_dagster.resources.staleness import (
@@ -37,12 +38,15 @@ def build_up_to_date(study: Study) -> dg.Definitions:
         description="Places that a run would not skip, and why: what `autointerp stale` lists.",
     )
     def up_to_date(store: StoreResource) -> dg.AssetCheckResult:
-        found = out_of_date(study, store.of(study))
+        warn = dg.AssetCheckSeverity.WARN
+        try:
+            found = out_of_date(study, store.of(study))
+        except AutoInterpError as error:  # e.g. a local model that is gone; no run fails for that
+            said = f"{study.name}: cannot be told: {error}"
+            return dg.AssetCheckResult(passed=False, severity=warn, description=said)
+        said = summary_of(study, found)
         return dg.AssetCheckResult(
-            passed=not found,
-            severity=dg.AssetCheckSeverity.WARN,
-            description=summary_of(study, found),
-            metadata=_metadata(found),
+            passed=not found, severity=warn, description=said, metadata=_metadata(found)
         )
 
     daily = dg.ScheduleDefinition(

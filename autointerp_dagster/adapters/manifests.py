@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from upath import UPath
 
 from autointerp_dagster.adapters.hashing import combined_hash, json_hash
+from autointerp_dagster.core.checks import Findings
 from autointerp_dagster.core.errors import StoreError
 
 FORMAT: Literal[1] = 1
@@ -112,6 +113,8 @@ class Manifest(_Entry):
     blobs: tuple[Blob, ...]
     summary: dict[str, Any] = Field(default_factory=dict)
     """Numbers and short texts that describe the content, for people."""
+    findings: Findings | None = None
+    """What checks judge; null if an older version made it."""
     provenance: Provenance
     path: str | None = Field(default=None, exclude=True)
     """Where it is stored, relative to the root; not part of the file."""

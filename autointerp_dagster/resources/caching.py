@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ from autointerp_dagster.adapters.cache import (
 )
 from autointerp_dagster.adapters.coder_files import LoadedCoder
 from autointerp_dagster.adapters.datasets import read_dataset
-from autointerp_dagster.adapters.rebuilding import fractions_unexplained
+from autointerp_dagster.adapters.rebuilding import rebuilt_by
 from autointerp_dagster.adapters.shards import write_shard
 from autointerp_dagster.adapters.subject_models import SubjectModel
 from autointerp_dagster.core.activation_statistics import StatisticsBuilder
+from autointerp_dagster.core.checks import Rebuilt
 from autointerp_dagster.core.config import FileCoderConfig
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.schemas import FIRING_COUNTS, LATENT_STATISTICS
+from autointerp_dagster.core.sparse_coders import GroupMax, TopK
 from autointerp_dagster.core.tokens import TokenDataset
 from autointerp_dagster.core.types import Cell, LayerKey, Progress, WholeStudy
 from autointerp_dagster.resources.coders import Coders
@@ -65,30 +67,28 @@ class Caching:
                 logger.warning("%s: %s", layer, note)
         manifest = self.stage.input("token_dataset", WholeStudy())
         dataset = read_dataset(self.stage.store, manifest)
-        unexplained = self._unexplained(dataset, loaded)
+        rebuilt = self._rebuilt(dataset, loaded)
         with self._cached(pending, dataset, loaded, manifest.content_hash) as cached:
             shown = self.progress(
                 pending, total=len(pending), description="storing", unit="range of latents"
             )
             for cell in shown:
-                measured = unexplained.get(cell.layer, {})
-                commit = self._commit(cell, cached, dataset, loaded[cell.layer], measured)
-                self.stage.commit(cell, commit)
+                commit = self._commit(cell, cached, dataset, loaded[cell.layer])
+                self.stage.commit(cell, _with(commit, rebuilt.get(cell.layer)))
                 cached.discard([cell])
             cached.discard(self._stored(cached.cells()))
 
-    def _unexplained(
+    def _rebuilt(
         self, dataset: TokenDataset, loaded: Mapping[LayerKey, LoadedCoder]
-    ) -> dict[LayerKey, dict[str, float]]:
-        """``fvu`` of each autoencoder from files."""
+    ) -> dict[LayerKey, Rebuilt]:
+        """Of each coder from files: what it makes of a sample, and what its files say of that."""
         coders = self.study.coders
-        placed = {
-            layer: found.placed
-            for layer, found in loaded.items()
-            if isinstance(coders[layer.coder], FileCoderConfig)
+        mine = {k: f for k, f in loaded.items() if isinstance(coders[k.coder], FileCoderConfig)}
+        measured = rebuilt_by(self.model, dataset, {k: found.placed for k, found in mine.items()})
+        return {
+            layer: one._replace(**{_l0_of(mine[layer]): mine[layer].expected_l0})
+            for layer, one in measured.items()
         }
-        found = fractions_unexplained(self.model, dataset, placed)
-        return {layer: {"fvu": fraction} for layer, fraction in found.items()}
 
     def _cached(
         self,
@@ -131,7 +131,6 @@ class Caching:
         cached: CachedLayers,
         dataset: TokenDataset,
         loaded: LoadedCoder,
-        measured: Mapping[str, float],
     ) -> Commit:
         counts = cached.firing_counts(cell.layer)
         execution = {**self.model.execution, **cached.execution(cell.layer)}
@@ -153,8 +152,21 @@ class Caching:
         blobs.append(store.put_table(LATENT_STATISTICS, statistics))
         summary, plots = _shown(mine)
         n_kept = dataset.tokens.size - dataset.first_visible * dataset.contexts.height
-        summary |= {"l0": int(counts["n_tokens"].sum()) / max(n_kept, 1), **measured}
+        summary["l0"] = int(counts["n_tokens"].sum()) / max(n_kept, 1)
         return Commit(blobs, summary, execution=execution, shown=plots)
+
+
+def _l0_of(loaded: LoadedCoder) -> str:
+    """Whether L0 is what its files say, or what its activation bounds it by."""
+    is_bound = isinstance(getattr(loaded.coder, "activation", None), TopK | GroupMax)
+    return "most_l0" if is_bound else "expected_l0"
+
+
+def _with(commit: Commit, rebuilt: Rebuilt | None) -> Commit:
+    if rebuilt is None or commit.status == OUTSIDE_CODER:
+        return commit
+    told = {} if rebuilt.fvu is None else {"fvu": rebuilt.fvu}
+    return replace(commit, rebuilt=rebuilt, summary={**commit.summary, **told})
 
 
 def _observed(frames: Iterable[pl.DataFrame], builder: StatisticsBuilder) -> Iterator[pl.DataFrame]:

@@ -18,17 +18,19 @@ import dagster as dg
 
 from autointerp_dagster.adapters.manifests import Blob, Manifest, Provenance, content_hash_of
 from autointerp_dagster.adapters.storage import Store
+from autointerp_dagster.core.checks import Findings, Rebuilt
 from autointerp_dagster.core.errors import StudyError
 from autointerp_dagster.core.types import Cell, LayerKey, Place
 from autointerp_dagster.partitions import place_of
-from autointerp_dagster.resources.checking import check_results
+from autointerp_dagster.resources.checking import check_results, refuse_to_read
 from autointerp_dagster.resources.events import About, Finished, asset_key, observe, report_places
+from autointerp_dagster.resources.measuring import Measuring
 from autointerp_dagster.resources.showing_lineage import with_lineage
 from autointerp_dagster.resources.stage_inputs import OUTSIDE_CODER, External, StageInputs
 from autointerp_dagster.resources.versions import code_revision, library_versions
 from autointerp_dagster.study import Study
 from autointerp_dagster.study.parameters import parameters_of
-from autointerp_dagster.study.stages import STAGES, Stage
+from autointerp_dagster.study.stages import STAGES, Stage, inputs_at, upstream_of
 
 __all__ = ["OUTSIDE_CODER", "Commit", "External", "StageRun", "StoreResource"]
 
@@ -46,6 +48,8 @@ class Commit:
     status: str = "ok"
     usage: Mapping[str, Any] = field(default_factory=dict)
     execution: Mapping[str, Any] = field(default_factory=dict)
+    rebuilt: Rebuilt | None = None
+    """Of a coder from files, for its check."""
     shown: Mapping[str, dg.MetadataValue] = field(default_factory=dict)
     """Tables and plots for the UI only."""
 
@@ -104,6 +108,7 @@ class StageRun(StageInputs):
         self._done: dict[Place, Finished] = {}
         self._started = self._entered = time.time()
         self._is_reported = False
+        self._measuring = Measuring(self)
 
     def __enter__(self) -> Self:
         """The run itself."""
@@ -118,7 +123,7 @@ class StageRun(StageInputs):
         """Reports what was finished before a failure; the failure goes on."""
         is_failure = error is not None and not isinstance(error, GeneratorExit)
         if is_failure and not self._is_reported:
-            self._log_events()
+            self._log_events(self._done)
 
     def asked(self) -> list[Place]:
         """The places that this run was asked for, in the order of the partitions.
@@ -146,9 +151,11 @@ class StageRun(StageInputs):
 
         Raises:
             StoreError: If an input was never materialized.
+            CheckError: If a check refuses an input.
         """
         pending = []
         wanted = self.asked() if places is None else places
+        self._refuse_inputs(wanted)
         for place in wanted:
             found = self.made(place)
             head = (self.study.name, self.stage.name, str(place))
@@ -164,6 +171,16 @@ class StageRun(StageInputs):
         )
         self._started = time.time()
         return pending
+
+    def _refuse_inputs(self, places: Sequence[Place]) -> None:
+        made = (s for s in upstream_of(self.study, self.stage) if not s.is_external)
+        for upstream in made:
+            sources = {
+                source: self.input(upstream.name, source)
+                for place in places
+                for source in inputs_at(self.study, self.stage, place, upstream)
+            }
+            refuse_to_read(self.study, self.stage, upstream, sources)
 
     def pending_cells(self, cells: Sequence[Cell] | None = None) -> list[Cell]:
         """:meth:`pending` of a stage over layer x range."""
@@ -190,6 +207,7 @@ class StageRun(StageInputs):
                 upstream=self.upstream(place),
                 blobs=blobs,
                 summary=dict(commit.summary),
+                findings=self._findings(place, commit),
                 provenance=Provenance(
                     study=self.study.name,
                     run_id=self._context.run_id,
@@ -208,6 +226,12 @@ class StageRun(StageInputs):
         self._started = now
         return manifest
 
+    def _findings(self, place: Place, commit: Commit) -> Findings | None:
+        if commit.status != "ok":
+            return None
+        found = self._measuring.findings(place, commit.blobs)
+        return found.model_copy(update={"rebuilt": commit.rebuilt})
+
     def external_version(self, stage: Stage, source: Place) -> str:
         """The version that an external input has now; Dagster is told of it."""
         version = super().external_version(stage, source)
@@ -221,13 +245,15 @@ class StageRun(StageInputs):
             CheckError: If a check refuses what the places hold; their events stay.
         """
         yield dg.MaterializeResult()
-        self._log_events()
-        made = {place: manifest for place, (manifest, _) in self._done.items()}
-        yield from check_results(self, asset_key(self.study, self.stage), made)
-
-    def _log_events(self) -> None:
         self._is_reported = True
-        done = with_lineage(self.store, self.stage, self._done, self._read.values())
+        self._log_events(
+            with_lineage(self.store, self.stage, self._done, list(self._read.values()))
+        )
+        made = {place: manifest for place, (manifest, _) in self._done.items()}
+        key = asset_key(self.study, self.stage)
+        yield from check_results(self.study, self.stage, key, made)
+
+    def _log_events(self, done: Mapping[Place, Finished]) -> None:
         report_places(self._context, self.study, self.stage, done)
         run_id = self._context.run_id
         new = [m for m, _ in self._done.values() if m.provenance.run_id == run_id]

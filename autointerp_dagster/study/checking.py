@@ -2,12 +2,13 @@
 
 from autointerp_dagster.core.checks import CheckName
 from autointerp_dagster.core.config import FileCoderConfig
+from autointerp_dagster.core.metrics import FAMILIES
 from autointerp_dagster.study.model import Study
 from autointerp_dagster.study.stages import SCORE_STAGES, Stage
 
 CHECKS: dict[CheckName, str] = {
     "schema": "Every table has the columns and types declared, sorted by a key that never repeats.",
-    "splits_disjoint": "No document has windows in two of train, select and test.",
+    "splits_disjoint": "Every window stands in the split of its document: none is in two.",
     "failed_rate": "Most of what was asked has a usable answer.",
     "share_scored": "Most latents have a score by each scorer.",
     "judge_floor": "Under another latent's explanation the judge does no better than a guess.",
@@ -15,7 +16,7 @@ CHECKS: dict[CheckName, str] = {
 }
 """What it means to pass."""
 
-LABELLED = ("score_detection", "score_fuzzing")
+LABELLED = tuple(f"score_{name}" for name, family in FAMILIES.items() if family.kind == "labels")
 """Stages whose judge labels windows, so that its floor is at .5."""
 
 

@@ -1,5 +1,6 @@
 """Checks of results: counts and tables to what was found, by hand."""
 
+from collections.abc import Mapping
 from math import isnan
 
 import numpy as np
@@ -10,10 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autointerp_dagster.core.checks import (
+    Bounds,
     Counts,
+    Findings,
     Rebuilt,
     failed_counts,
     failed_rate,
+    failed_reasons,
     floor_counts,
     judge_floor,
     reconstruction,
@@ -24,16 +28,30 @@ from autointerp_dagster.core.checks import (
     split_faults,
     splits_disjoint,
 )
-from autointerp_dagster.core.checks.shares import held
+from autointerp_dagster.core.checks.shares import Held
+from autointerp_dagster.core.metrics import HEADLINE
 from autointerp_dagster.core.metrics.intervals import wilson
 from autointerp_dagster.core.schemas import EXPLANATIONS, SELECTION
 from autointerp_dagster.core.sparse_coders import Unexplained
+from autointerp_dagster.core.types import Cell, LatentRange, LayerKey
 
 
 def counts(*pairs: tuple[float, float]) -> Counts:
     """(hits, n) of each latent."""
     hits, n = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
-    return Counts(hits, n)
+    return Counts.of(hits, n)
+
+
+def cell(index: int, layer: str = "h.0") -> Cell:
+    start = 16 * index
+    return Cell(LayerKey("sae", layer), LatentRange(start, start + 16))
+
+
+def held(
+    places: Mapping[Cell, Counts], least: float, most: float, n_compared: int | None = None
+) -> Held:
+    n_compared = len(places) if n_compared is None else n_compared
+    return Bounds(least, most, n_compared).held({"": places} if places else {})
 
 
 def test_a_share_of_latents_counted_once_each_has_wilsons_interval() -> None:
@@ -60,13 +78,13 @@ def test_nothing_counted_is_let_through() -> None:
     share = counts().share()
     assert share.n == 0
     assert isnan(share.value)
-    assert held({"a": counts()}, 0.2, 0.8).passed
+    assert held({cell(0): counts()}, 0.2, 0.8).passed
     assert held({}, 0.2, 0.8).passed
 
 
 def test_only_an_interval_wholly_beyond_the_bound_says_no() -> None:
     # 3 of 10: .108 to .603.
-    places = {"a": counts(*[(1, 1)] * 3, *[(0, 1)] * 7)}
+    places = {cell(0): counts(*[(1, 1)] * 3, *[(0, 1)] * 7)}
     assert held(places, 0.0, 0.11).passed
     assert not held(places, 0.0, 0.10).passed
     assert held(places, 0.6, 1.0).passed
@@ -76,15 +94,45 @@ def test_only_an_interval_wholly_beyond_the_bound_says_no() -> None:
 def test_one_broken_place_among_sound_ones_says_no_and_is_named() -> None:
     sound = counts(*[(0, 20)] * 50)
     broken = counts(*[(20, 20)] * 10)
-    found = held({f"cell {i}": sound for i in range(99)} | {"cell 99": broken}, 0.0, 0.2)
-    assert found.whole.hi < 0.2  # alone it would be let through
+    found = held({cell(i): sound for i in range(99)} | {cell(99): broken}, 0.0, 0.2)
+    assert found.whole[""].hi < 0.2  # alone it would be let through
     assert not found.passed
-    assert list(found.offenders) == ["cell 99"]
+    assert list(found.offenders) == [str(cell(99))]
+
+
+def test_a_broken_layer_is_named_though_none_of_its_cells_is_sure() -> None:
+    sound, doubtful = counts(*[(0, 20)] * 50), counts(*[(20, 20)] * 2, *[(0, 20)] * 2)
+    bad = {cell(i, "h.1"): doubtful for i in range(20)}
+    found = held({cell(i): sound for i in range(20)} | bad, 0.0, 0.2)
+    assert list(found.offenders) == ["sae@h.1"]
+    assert not found.passed
+    # The same verdict whatever else a run looks at.
+    assert held(bad, 0.0, 0.2, 40).offenders == found.offenders
+
+
+def test_a_group_that_fails_is_named_though_others_outweigh_it() -> None:
+    good, bad = counts(*[(0, 10)] * 40), counts(*[(10, 10)] * 40)
+    groups = {name: {cell(0): good} for name in "abcd"} | {"broken": {cell(0): bad}}
+    found = Bounds(0.0, 0.2).held(groups)
+    assert not found.passed
+    assert list(found.offenders) == [f"{cell(0)} broken"]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=2, max_size=20),
+    st.integers(1, 19),
+)
+def test_counts_of_parts_added_are_those_of_all(pairs: list[tuple[int, int]], at: int) -> None:
+    pairs = [(min(hits, n), n) for hits, n in pairs]
+    at = min(at, len(pairs) - 1)
+    parts = [counts(*pairs[:at]), counts(*pairs[at:])]
+    assert Counts.together(parts) == pytest.approx(counts(*pairs))
 
 
 def test_offenders_stand_in_order_of_how_far_beyond_they_are() -> None:
-    places = {"half": counts(*[(10, 20)] * 30), "all": counts(*[(20, 20)] * 30)}
-    assert list(held(places, 0.0, 0.2).offenders) == ["all", "half"]
+    half, all_of_them = counts(*[(10, 20)] * 30), counts(*[(20, 20)] * 30)
+    places = {cell(0, "h.1"): half, cell(1): all_of_them}
+    assert list(held(places, 0.0, 0.2).offenders) == [str(cell(1)), str(cell(0, "h.1"))]
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=30))
@@ -94,45 +142,74 @@ def test_a_share_lies_in_its_interval_in_the_unit_range(pairs: list[tuple[int, i
     assert share.hi - share.lo < 1
 
 
-VERDICTS = {"latent": pl.UInt32, "status": pl.String, "reason": pl.String}
+ANSWERS = {
+    "latent": pl.UInt32,
+    "explainer": pl.String,
+    "status": pl.String,
+    "reason": pl.String,
+}
+
+
+def sums(counts: Counts) -> tuple[float, float, float]:
+    """Latents, hits, and of how many."""
+    return counts[:3]
 
 
 def test_failed_rate_counts_what_was_asked_and_not_what_a_budget_left() -> None:
     rows = pl.DataFrame(
         [
-            (0, "ok", None),
-            (0, "failed", "unparsable"),
-            (0, "failed", "budget"),
-            (0, "failed", "deadline"),
-            (1, "failed", "call_failed"),
-            (1, "failed", "not_recorded"),
-            (2, "failed", "off_target"),
-            (3, "skipped", "dead"),
+            (0, "a", "ok", None),
+            (0, "a", "failed", "unparsable"),
+            (0, "a", "failed", "budget"),
+            (0, "a", "failed", "deadline"),
+            (1, "a", "failed", "call_failed"),
+            (1, "a", "failed", "not_recorded"),
+            (2, "a", "failed", "off_target"),
+            (3, "a", "skipped", "dead"),
+            (0, "b", "ok", None),
+            (0, None, "failed", "no_vector"),
         ],
-        schema=VERDICTS,
+        schema=ANSWERS,
         orient="row",
     )
     found = failed_counts(rows)
-    assert (found.hits.tolist(), found.n.tolist()) == ([1, 1], [2, 1])
+    assert {name: sums(of) for name, of in found.items()} == {
+        "a": (2, 2, 3),
+        "b": (1, 0, 1),
+        "": (1, 1, 1),
+    }
+    assert failed_reasons(rows) == {"call_failed": 1, "no_vector": 1, "unparsable": 1}
 
 
 def test_failed_rate_says_what_was_found_wanted_and_to_be_done() -> None:
-    places = {"sae@h.0/0-15": counts(*[(20, 20)] * 5), "sae@h.0/16-31": counts(*[(0, 20)] * 5)}
-    outcome = failed_rate(places, {"refused": 10, "unparsable": 90}, 0.2)
+    bad, good = counts(*[(20, 20)] * 5), counts(*[(0, 20)] * 5)
+    places = {
+        cell(0): Findings(failed={"default": bad}, reasons={"refused": 10, "unparsable": 80}),
+        cell(1): Findings(failed={"default": good}, reasons={"unparsable": 10}),
+    }
+    outcome = failed_rate(places, Bounds(0.0, 0.2))
     assert not outcome.passed
-    assert outcome.numbers["failed_rate"] == 0.5
-    assert list(outcome.offenders) == ["sae@h.0/0-15"]
-    assert "found 0.500 [" in outcome.line
+    assert outcome.numbers["failed_rate default"] == 0.5
+    assert outcome.numbers["n_asked"] == 200
+    assert list(outcome.offenders) == [f"{cell(0)} default", "sae@h.0 default"]
+    assert "found default 0.500 [" in outcome.line
     assert "(unparsable 90, refused 10)" in outcome.line
     assert "wanted a share of at most 0.2" in outcome.line
     assert "checks.failed_rate" in outcome.line
     assert "\n" not in outcome.line
-    assert failed_rate(places, {}, 0.8).passed
+    assert failed_rate(places, Bounds(0.0, 0.9)).passed
+    assert failed_rate({}, Bounds(0.0, 0.2)).passed
+
+
+def test_an_explainer_that_asks_nobody_does_not_hide_another_that_fails() -> None:
+    answers = {"default": counts(*[(4, 10)] * 40), "top_tokens": counts(*[(0, 10)] * 40)}
+    outcome = failed_rate({cell(0): Findings(failed=answers)}, Bounds(0.0, 0.25))
+    assert list(outcome.offenders) == [f"{cell(0)} default"]
 
 
 def metrics(*rows: tuple[int, str | None, str, float | None, str]) -> pl.DataFrame:
     """(latent, explainer, scorer, value, status) of headline metrics."""
-    headline = {"detection": "balanced_accuracy", "intruder": "accuracy"}
+    headline = {name: HEADLINE[name] for name in ("detection", "intruder", "intervention")}
     frame = pl.DataFrame(
         rows,
         schema={
@@ -162,6 +239,19 @@ def test_share_scored_counts_latents_that_could_be_scored_by_each_scorer() -> No
         (4, "a", "detection", None, "no_explanation"),  # a budget ended before it was explained
         (0, None, "intruder", 0.2, "ok"),
         (1, None, "intruder", None, "too_few"),
+        (3, None, "intruder", None, "missing_class"),  # a study without negatives
+        (0, "a", "intervention", 0.3, "ok"),
+        (1, "a", "intervention", None, "too_few"),  # nobody steered it
+        (3, "a", "intervention", None, "failed"),  # no strength was found
+        (4, "b", "intervention", None, "failed"),
+    )
+    steered = pl.DataFrame(
+        {
+            "latent": pl.Series([3, 3, 4, 4], dtype=pl.UInt32),
+            "explainer": ["a", "a", "b", "b"],
+            "subject": ["own"] * 4,
+            "reason": ["off_target", "off_target", "off_target", "unparsable"],
+        }
     )
     of_other_subject = found.with_columns(subject=pl.lit("other"))
     explanations = pl.DataFrame(
@@ -179,20 +269,26 @@ def test_share_scored_counts_latents_that_could_be_scored_by_each_scorer() -> No
             "status": ["ok", "ok", "rare", "ok", "ok"],
         }
     )
-    counted = scored_counts(pl.concat([found, of_other_subject]), explanations, latents)
-    assert {name: (c.hits.tolist(), c.n.tolist()) for name, c in counted.items()} == {
-        "detection": ([1, 0], [2, 1]),
-        "intruder": ([1, 0], [1, 1]),
+    counted = scored_counts(pl.concat([found, of_other_subject]), explanations, latents, steered)
+    assert {name: sums(of) for name, of in counted.items()} == {
+        "detection a": (2, 1, 2),
+        "detection b": (1, 0, 1),
+        "intruder": (2, 1, 2),
+        "intervention a": (1, 1, 1),
+        "intervention b": (1, 0, 1),
     }
 
 
 def test_share_scored_holds_each_scorer_against_the_bound() -> None:
     sound, none = counts(*[(1, 1)] * 40), counts(*[(0, 1)] * 40)
-    outcome = share_scored({"detection": {"a": sound}, "fuzzing": {"a": none}}, 0.5)
+    bounds = Bounds(0.5, 1.0)
+    outcome = share_scored(
+        {cell(0): Findings(scored={"detection": sound, "fuzzing": none})}, bounds
+    )
     assert not outcome.passed
-    assert list(outcome.offenders) == ["a fuzzing"]
-    assert share_scored({"detection": {"a": sound}}, 0.5).passed
-    assert share_scored({}, 0.5).passed
+    assert list(outcome.offenders) == [f"{cell(0)} fuzzing"]
+    assert share_scored({cell(0): Findings(scored={"detection": sound})}, bounds).passed
+    assert share_scored({}, bounds).passed
 
 
 def verdicts(*rows: tuple[int, str, bool, bool | None]) -> pl.DataFrame:
@@ -207,11 +303,11 @@ def verdicts(*rows: tuple[int, str, bool, bool | None]) -> pl.DataFrame:
         },
         orient="row",
     )
-    return frame.with_columns(variant=pl.lit("all"))
+    return frame.with_columns(variant=pl.lit("all"), explainer=pl.lit("a"))
 
 
 def test_floor_counts_balance_the_classes_and_leave_the_own_explanation_out() -> None:
-    found = floor_counts(
+    (found,) = floor_counts(
         verdicts(
             (0, "other", True, True),  # sensitivity 1 of 1
             (0, "other", False, False),  # specificity 1 of 3
@@ -221,19 +317,19 @@ def test_floor_counts_balance_the_classes_and_leave_the_own_explanation_out() ->
             (0, "own", True, True),
             (1, "other", True, True),  # of one class alone
         )
-    )
-    assert found.n.tolist() == [4]
-    assert found.hits.tolist() == pytest.approx([4 * (1 + 1 / 3) / 2])
+    ).values()
+    assert sums(found) == pytest.approx((1, 4 * (1 + 1 / 3) / 2, 4))
 
 
 def test_a_judge_that_says_the_same_to_all_is_at_one_half() -> None:
     always = verdicts(*((0, "other", bool(i % 3), True) for i in range(9)))
-    assert floor_counts(always).share().value == 0.5
+    assert floor_counts(always)["a"].share().value == 0.5
 
 
 @pytest.mark.parametrize(("right", "passes"), [(20, True), (25, True), (38, False), (2, False)])
 def test_judge_floor_blocks_far_from_one_half_on_both_sides(right: int, passes: bool) -> None:
-    assert judge_floor({"a": counts(*[(right, 40)] * 20)}, 0.15).passed is passes
+    places = {cell(0): Findings(floor={"a": counts(*[(right, 40)] * 20)})}
+    assert judge_floor(places, Bounds(0.35, 0.65)).passed is passes
 
 
 def selection(*latents: int) -> pl.DataFrame:
@@ -258,8 +354,12 @@ def test_schema_finds_columns_types_order_and_repeats() -> None:
     )
     assert schema_fault(SELECTION, sound.schema, selection(1, 1)) == "selection: a key repeats"
     assert schema_fault(EXPLANATIONS, EXPLANATIONS.empty().schema, EXPLANATIONS.empty()) is None
-    assert schema(3, {}).passed
-    assert not schema(3, {"a": "selection: a key repeats"}).passed
+    sound_place, bad_place = Findings(n_tables=2), Findings(n_tables=1, table_fault="a key repeats")
+    assert schema({cell(0): sound_place}).passed
+    outcome = schema({cell(0): sound_place, cell(1): bad_place})
+    assert outcome.offenders == {str(cell(1)): "a key repeats"}
+    assert outcome.numbers == {"n_faults": 1, "n_tables": 3}
+    assert not outcome.passed
 
 
 def windows(*rows: tuple[int, str, int]) -> pl.DataFrame:
@@ -284,8 +384,9 @@ def test_split_faults_are_windows_in_a_split_that_is_not_their_documents() -> No
         1,
         "1 windows, e.g. latent 0 has context 4 in train, which is not there",
     )
-    assert not splits_disjoint(3, 2, {"a": "2 windows"}).passed
-    assert splits_disjoint(3, 0, {}).passed
+    wrong_place = Findings(n_windows=3, n_wrong_splits=2, split_fault="2 windows")
+    assert not splits_disjoint({cell(0): wrong_place}).passed
+    assert splits_disjoint({cell(0): Findings(n_windows=3)}).passed
 
 
 @given(
@@ -325,24 +426,42 @@ def test_variance_unexplained_is_unknown_where_nothing_varies() -> None:
     assert Unexplained().fraction is None
 
 
+def rebuilt(l0: float | None, expected: float | None, fvu: float | None) -> Rebuilt:
+    return Rebuilt(l0, expected_l0=expected, fvu=fvu, n_tokens=1000)
+
+
 @pytest.mark.parametrize(
     ("one", "fault"),
     [
-        (Rebuilt(30.0, 32.0, 0.2), None),
-        (Rebuilt(30.0, None, 0.2), None),
-        (Rebuilt(None, 32.0, None), None),
-        (Rebuilt(16.0, 32.0, 1.0), None),  # exactly on both bounds
-        (Rebuilt(15.9, 32.0, 0.2), "L0 15.9, where its files say 32"),
-        (Rebuilt(64.1, 32.0, 0.2), "L0 64.1, where its files say 32"),
-        (Rebuilt(0.0, 32.0, None), "L0 0, where its files say 32"),
-        (Rebuilt(32.0, 32.0, 1.01), "fvu 1.01"),
-        (Rebuilt(32.0, 32.0, float("nan")), "fvu nan"),
-        (Rebuilt(320.0, 32.0, 81.0), "fvu 81, L0 320, where its files say 32"),
+        (rebuilt(30.0, 32.0, 0.2), None),
+        (rebuilt(30.0, None, 0.2), None),
+        (rebuilt(None, 32.0, None), None),
+        (rebuilt(16.0, 32.0, 1.0), None),  # exactly on both bounds
+        (rebuilt(15.9, 32.0, 0.2), "L0 15.9, where its files say 32"),
+        (rebuilt(64.1, 32.0, 0.2), "L0 64.1, where its files say 32"),
+        (rebuilt(0.0, 32.0, None), "L0 0, where its files say 32"),
+        (rebuilt(32.0, 32.0, 1.01), "fvu 1.01"),
+        (rebuilt(32.0, 32.0, float("nan")), "fvu nan"),
+        (rebuilt(320.0, 32.0, 81.0), "fvu 81, L0 320, where its files say 32"),
+        (Rebuilt(3.0, most_l0=32.0), None),  # TopK with a ReLU may fire less
+        (Rebuilt(65.0, most_l0=32.0), "L0 65, where it can be 32"),
     ],
 )
 def test_reconstruction_names_what_is_beyond_its_bound(one: Rebuilt, fault: str | None) -> None:
-    sound = Rebuilt(32.0, 32.0, 0.1)
-    outcome = reconstruction({"sae@h.0": sound, "sae@h.1": one}, 1.0, 2.0)
+    sound = Findings(rebuilt=rebuilt(32.0, 32.0, 0.1))
+    places = {cell(0): sound, cell(0, "h.1"): Findings(rebuilt=one), cell(0, "h.2"): Findings()}
+    outcome = reconstruction(places, 1.0, 2.0)
     assert outcome.passed is (fault is None)
     assert outcome.offenders == ({} if fault is None else {"sae@h.1": fault})
-    assert reconstruction({"sae@h.1": one}, None, None).passed
+    assert reconstruction(places, None, None).passed
+
+
+def test_findings_survive_a_manifest_also_where_they_are_no_numbers() -> None:
+    found = Findings(
+        failed={"a": counts((1, 2), (0, 3))}, rebuilt=rebuilt(float("inf"), 3.0, float("nan"))
+    )
+    again = Findings.model_validate_json(found.model_dump_json(exclude_none=True))
+    assert again.failed == found.failed
+    assert again.rebuilt is not None
+    assert again.rebuilt.l0 == float("inf")
+    assert isnan(again.rebuilt.fvu or 0.0)

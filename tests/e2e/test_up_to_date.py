@@ -85,3 +85,23 @@ def test_it_is_in_the_graph_beside_study_metrics(small: Bench) -> None:
     graph = build_definitions([small.study]).resolve_asset_graph()
     (key,) = (key for key in graph.asset_check_keys if key.name == "up_to_date")
     assert key == dg.AssetCheckKey(dg.AssetKey([small.name, "study_metrics"]), "up_to_date")
+
+
+def test_what_cannot_be_looked_at_is_said_and_fails_no_run(
+    small: Bench, instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    judge = {
+        "source": str(tmp_path / "no"),
+        **dict.fromkeys(("model", "base_url", "max_in_flight", "timeout_s")),
+    }
+    models = {**small.overrides["models"], "judge": judge}
+    store = str(small.folder / "store")
+    gone = replace(
+        small, folder=tmp_path, overrides={**small.overrides, "models": models, "store": store}
+    )
+    evaluation = checked(gone, instance)
+    assert not evaluation.passed
+    assert evaluation.severity is dg.AssetCheckSeverity.WARN
+    assert evaluation.description is not None
+    assert "cannot be told: " in evaluation.description
+    assert str(tmp_path / "no") in evaluation.description

@@ -5,105 +5,109 @@ from collections.abc import Mapping
 import numpy as np
 import polars as pl
 
+from autointerp_dagster.core.checks.findings import Findings, added, grouped
 from autointerp_dagster.core.checks.outcome import Outcome
-from autointerp_dagster.core.checks.shares import Counts, held
+from autointerp_dagster.core.checks.shares import Bounds, Counts, Held
 from autointerp_dagster.core.metrics import HEADLINE
 from autointerp_dagster.core.schemas import MAIN_VARIANT, UNASKED
+from autointerp_dagster.core.types import Cell
 
-_NEVER_ASKED = (*UNASKED, "off_target")
-"""Reasons of rows that no answer was wanted for: a budget came first, or steering missed its mark.
-"""
+_OFF_TARGET = "off_target"
+"""Reason of an intervention that steering found no strength for."""
+_IS_UNASKED = pl.col("reason").is_in((*UNASKED, _OFF_TARGET)).fill_null(value=False)
+"""Rows that no answer was wanted for: a budget came first, or steering missed its mark."""
+_UNSCORABLE = ("unasked", "missing_class")
+"""A budget came first; or nothing of one class was asked about, as a study without negatives."""
 
 
-_IS_UNASKED = pl.col("reason").is_in(_NEVER_ASKED).fill_null(value=False)
-
-
-def failed_counts(rows: pl.DataFrame) -> Counts:
-    """Rows without a usable answer among those that were asked, by latent.
+def failed_counts(rows: pl.DataFrame) -> dict[str, Counts]:
+    """By explainer (empty: without one), rows without a usable answer among those asked for.
 
     Args:
         rows: ``schemas.VERDICTS`` or ``schemas.EXPLANATIONS`` of a cell, or the columns ``latent``,
-            ``status``, ``reason`` of them.
+            ``explainer``, ``status``, ``reason`` of them.
     """
     asked = rows.filter((pl.col("status") != "skipped") & ~_IS_UNASKED)
-    return _counts(asked.with_columns(is_hit=pl.col("status") == "failed"))
+    return _by_explainer(asked.with_columns(is_hit=pl.col("status") == "failed"))
 
 
-def failed_rate(places: Mapping[str, Counts], reasons: Mapping[str, int], most: float) -> Outcome:
-    """Whether too much of what was asked has no usable answer.
+def failed_reasons(rows: pl.DataFrame) -> dict[str, int]:
+    """Of the same rows, how many failed for which reason; what was not asked for is left out."""
+    failed = rows.filter((pl.col("status") == "failed") & ~_IS_UNASKED)
+    return dict(failed["reason"].value_counts().sort("reason").iter_rows())
 
-    Args:
-        places: :func:`failed_counts` of each.
-        reasons: How many rows failed for which reason.
-        most: Of the true share.
-    """
-    found = held(places, 0.0, most)
-    by_reason = sorted(reasons.items(), key=lambda item: -item[1])
-    why = ", ".join(f"{reason} {n}" for reason, n in by_reason)
+
+def failed_rate(places: Mapping[Cell, Findings], bounds: Bounds) -> Outcome:
+    """Whether too much of what was asked, of an explainer or under its explanations, failed."""
+    held = bounds.held(grouped({place: one.failed for place, one in places.items()}))
+    reasons = added(one.reasons for one in places.values()).items()
+    why = ", ".join(f"{reason} {n}" for reason, n in reasons)
     return Outcome(
         "failed_rate",
-        found.passed,
-        f"{found.whole.text} answers failed" + (f" ({why})" if why else ""),
-        f"a share of at most {most:g}",
+        held.passed,
+        f"{_texts(held)} answers failed" + (f" ({why})" if why else ""),
+        f"a share of at most {bounds.most:g}",
         "Read some with `autointerp why`, and try another model or prompt; or raise "
         "checks.failed_rate.",
-        {"failed_rate": found.whole.value, "n_asked": found.whole.n},
-        found.offenders,
+        _numbers("failed_rate", held) | {"n_asked": sum(one.n for one in held.whole.values())},
+        held.offenders,
     )
 
 
 def scored_counts(
-    metrics: pl.DataFrame, explanations: pl.DataFrame, latents: pl.DataFrame
+    metrics: pl.DataFrame,
+    explanations: pl.DataFrame,
+    latents: pl.DataFrame,
+    steered: pl.DataFrame,
 ) -> dict[str, Counts]:
-    """By scorer: latents that have its score, among those that it was to score.
+    """By scorer and explainer: latents that have its score, among those that it was to score.
 
-    A latent with several explainers counts once for each. What a budget left unasked does not
-    count, nor do latents that are dead, rare or dense, nor explanations that were never tried.
+    Not counted: what a budget left unasked, latents that are dead, rare or dense, explanations that
+    were never tried, latents that nobody steered or for which no strength was found.
 
     Args:
         metrics: ``schemas.LATENT_METRICS`` of a cell.
         explanations: ``schemas.EXPLANATIONS`` of it, of all explainers.
         latents: ``schemas.LATENTS`` of it, or the columns ``latent`` and ``status``.
+        steered: ``schemas.VERDICTS`` of its scorer ``intervention``; empty if the study has none.
     """
     headline = pl.DataFrame({"scorer": [*HEADLINE], "metric": [*HEADLINE.values()]})
     own = metrics.filter((pl.col("subject") == "own") & (pl.col("variant") == MAIN_VARIANT))
-    own = own.filter(pl.col("status") != "unasked").join(headline, on=["scorer", "metric"])
+    own = own.filter(~pl.col("status").is_in(_UNSCORABLE)).join(headline, on=["scorer", "metric"])
+    is_steering = pl.col("scorer") == "intervention"
+    own = own.filter(~(is_steering & (pl.col("status") == "too_few")))
     untried = explanations.filter("selected").filter((pl.col("status") == "skipped") | _IS_UNASKED)
+    missed = steered.filter(subject="own").group_by("latent", "explainer")
+    missed = missed.agg(is_missed=(pl.col("reason") == _OFF_TARGET).fill_null(value=False).all())
+    missed = missed.filter("is_missed").select("latent", "explainer", scorer=pl.lit("intervention"))
     wanted = own.join(latents.filter(status="ok"), on="latent", how="semi")
     wanted = wanted.join(untried, on=["latent", "explainer"], how="anti")
+    wanted = wanted.join(missed, on=["latent", "explainer", "scorer"], how="anti", nulls_equal=True)
+    wanted = wanted.with_columns(is_hit=pl.col("value").is_not_null())
     return {
-        str(scorer): _counts(rows.with_columns(is_hit=pl.col("value").is_not_null()))
-        for (scorer,), rows in sorted(wanted.group_by("scorer"))
+        f"{scorer} {explainer}".strip(): counts
+        for (scorer,), rows in sorted(wanted.group_by("scorer"), key=lambda item: item[0])
+        for explainer, counts in _by_explainer(rows).items()
     }
 
 
-def share_scored(places: Mapping[str, Mapping[str, Counts]], least: float) -> Outcome:
-    """Whether a scorer scored too few latents.
-
-    Args:
-        places: By scorer, :func:`scored_counts` of each cell.
-        least: Of the true share, of each scorer.
-    """
-    found = {scorer: held(counts, least, 1.0) for scorer, counts in places.items()}
-    shares = [f"{scorer} {one.whole.text}" for scorer, one in found.items()]
+def share_scored(places: Mapping[Cell, Findings], bounds: Bounds) -> Outcome:
+    """Whether a scorer scored too few latents, or too few explanations of an explainer."""
+    held = bounds.held(grouped({place: one.scored for place, one in places.items()}))
     return Outcome(
         "share_scored",
-        all(one.passed for one in found.values()),
-        f"scored by {', '.join(shares) or 'nobody'}",
-        f"a share of at least {least:g} by each scorer",
+        held.passed,
+        f"scored by {_texts(held) if held.whole else 'nobody'}",
+        f"a share of at least {bounds.least:g} by each scorer",
         "The column status of latent_metrics says why scores are missing; or lower "
         "checks.share_scored.",
-        {f"share_scored {scorer}": one.whole.value for scorer, one in found.items()},
-        {
-            f"{place} {scorer}": share
-            for scorer, one in found.items()
-            for place, share in one.offenders.items()
-        },
+        _numbers("share_scored", held),
+        held.offenders,
     )
 
 
-def floor_counts(verdicts: pl.DataFrame) -> Counts:
-    """Windows that a judge gets right under explanations of other latents, by latent.
+def floor_counts(verdicts: pl.DataFrame) -> dict[str, Counts]:
+    """By explainer, windows that a judge gets right under explanations of other latents.
 
     ``hits`` over ``n`` is the mean of sensitivity and specificity, so that a judge that goes by
     nothing is at .5 whatever the classes' sizes. Latents without an answer of both classes are
@@ -118,37 +122,53 @@ def floor_counts(verdicts: pl.DataFrame) -> Counts:
         & pl.col("prediction").is_not_null()
     )
     is_right = pl.col("prediction") == pl.col("is_activating")
-    of_class = floor.group_by("latent", "is_activating").agg(n=pl.len(), right=is_right.mean())
-    by_latent = of_class.group_by("latent").agg(
+    of_class = floor.group_by("explainer", "latent", "is_activating")
+    of_class = of_class.agg(n=pl.len(), right=is_right.mean())
+    by_latent = of_class.group_by("explainer", "latent").agg(
         n_classes=pl.len(), n=pl.col("n").sum(), accuracy=pl.col("right").mean()
     )
-    both = by_latent.filter(n_classes=2).sort("latent")
-    n = both["n"].to_numpy().astype(np.float64)
-    return Counts(both["accuracy"].to_numpy() * n, n)
+    both = by_latent.filter(n_classes=2)
+    return _of_latents(both.with_columns(hits=pl.col("accuracy") * pl.col("n")))
 
 
-def judge_floor(places: Mapping[str, Counts], most: float) -> Outcome:
-    """Whether a judge tells windows apart by an explanation that has nothing to do with them.
-
-    Args:
-        places: :func:`floor_counts` of each.
-        most: Distance from .5.
-    """
-    found = held(places, 0.5 - most, 0.5 + most)
+def judge_floor(places: Mapping[Cell, Findings], bounds: Bounds) -> Outcome:
+    """Whether a judge tells windows apart by an explanation that has nothing to do with them."""
+    held = bounds.held(grouped({place: one.floor for place, one in places.items()}))
     return Outcome(
         "judge_floor",
-        found.passed,
-        f"a balanced accuracy of {found.whole.text} windows under other latents' explanations",
-        f"{0.5 - most:.2f} to {0.5 + most:.2f}",
+        held.passed,
+        f"a balanced accuracy of {_texts(held)} windows under other latents' explanations",
+        f"{bounds.least:.2f} to {bounds.most:.2f}",
         "A judge that is right there does not go by the explanation, or the explanations are "
         "alike: read prompts with `autointerp why`, run `autointerp judge`; or raise "
         "checks.judge_floor.",
-        {"floor": found.whole.value, "n_windows": found.whole.n},
-        found.offenders,
+        _numbers("floor", held) | {"n_windows": sum(one.n for one in held.whole.values())},
+        held.offenders,
     )
 
 
-def _counts(rows: pl.DataFrame) -> Counts:
-    by_latent = rows.group_by("latent").agg(n=pl.len(), hits=pl.col("is_hit").sum()).sort("latent")
-    hits, n = (by_latent[name].to_numpy().astype(np.float64) for name in ("hits", "n"))
-    return Counts(hits, n)
+def _texts(held: Held) -> str:
+    """The shares of all groups, e.g. ``default 0.031 [0.012, 0.077] of 160``."""
+    texts = [f"{group} {share.text}".strip() for group, share in held.whole.items()]
+    return ", ".join(texts) or "nothing to count"
+
+
+def _numbers(name: str, held: Held) -> dict[str, int | float]:
+    return {f"{name} {group}".strip(): share.value for group, share in held.whole.items()}
+
+
+def _by_explainer(rows: pl.DataFrame) -> dict[str, Counts]:
+    """Hits among rows, by explainer."""
+    return _of_latents(
+        rows.group_by("explainer", "latent").agg(n=pl.len(), hits=pl.col("is_hit").sum())
+    )
+
+
+def _of_latents(by_latent: pl.DataFrame) -> dict[str, Counts]:
+    """From ``n`` and ``hits`` of each explainer and latent."""
+    found: dict[str, Counts] = {}
+    rows = by_latent.sort("explainer", "latent")
+    for (explainer,), of in rows.group_by("explainer", maintain_order=True):
+        hits, n = (of[name].to_numpy().astype(np.float64) for name in ("hits", "n"))
+        found[str(explainer or "")] = Counts.of(hits, n)
+    return found

@@ -1,51 +1,34 @@
 """Coders that are not at their place: they fire too much or too little, or rebuild nothing."""
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
+from autointerp_dagster.core.checks.findings import Findings, Rebuilt
 from autointerp_dagster.core.checks.outcome import Outcome
-
-
-class Rebuilt(NamedTuple):
-    """What was measured of one layer's coder from files; null: unknown."""
-
-    l0: float | None
-    """Latents that fire on a token, on average."""
-    expected_l0: float | None
-    """As its files say, or its activation bounds it."""
-    fvu: float | None
-    """Fraction of variance unexplained; null for a transcoder, too."""
-
-    @property
-    def factor(self) -> float:
-        """By how much L0 differs, >= 1; 1 where one of the two is unknown."""
-        if self.l0 is None or not self.expected_l0:
-            return 1.0
-        ratio = self.l0 / self.expected_l0
-        return max(ratio, 1 / ratio) if ratio > 0 else float("inf")
+from autointerp_dagster.core.types import Cell
 
 
 def reconstruction(
-    layers: Mapping[str, Rebuilt], most_fvu: float | None, most_factor: float | None
+    places: Mapping[Cell, Findings], most_fvu: float | None, most_factor: float | None
 ) -> Outcome:
     """Whether coders fire as their files say, and rebuild what they read.
 
-    Both are means over so many tokens that they count as exact.
+    Both are means over some hundred tokens, so bounds should leave room; every cell of a layer says
+    the same. A cell that says nothing (an older version made it, its coder is not from files, or
+    there were too few tokens) passes.
 
     Args:
-        layers: By layer.
+        places: What was measured.
         most_fvu: Null: not asked.
-        most_factor: Between the L0 measured and that of the files, in either direction; null: not
-            asked.
+        most_factor: Between the L0 measured and the one wanted; in either direction where the files
+            say what it is, only upwards where it is a bound; null: not asked.
     """
+    layers = {str(cell.layer): one.rebuilt for cell, one in places.items() if one.rebuilt}
     faults: dict[str, list[str]] = {}
     for layer, one in layers.items():
         if most_fvu is not None and one.fvu is not None and not one.fvu <= most_fvu:
             faults.setdefault(layer, []).append(f"fvu {one.fvu:.3g}")
         if most_factor is not None and one.factor > most_factor:
-            faults.setdefault(layer, []).append(
-                f"L0 {one.l0:.3g}, where its files say {one.expected_l0:g}"
-            )
+            faults.setdefault(layer, []).append(f"L0 {one.l0:.3g}, where {_wanted(one)}")
     bounds = [] if most_fvu is None else [f"fvu of at most {most_fvu:g}"]
     if most_factor is not None:
         bounds.append(f"L0 within {most_factor:g} times what the files say")
@@ -61,6 +44,12 @@ def reconstruction(
         {**fvu, **l0},
         {layer: ", ".join(of) for layer, of in faults.items()},
     )
+
+
+def _wanted(one: Rebuilt) -> str:
+    if one.expected_l0 is None:
+        return f"it can be {one.most_l0:g}"
+    return f"its files say {one.expected_l0:g}"
 
 
 def _range(name: str, values: Iterable[float]) -> str:

@@ -6,8 +6,10 @@ import numpy as np
 import polars as pl
 from jaxtyping import Int8
 
+from autointerp_dagster.core.checks.findings import Findings
 from autointerp_dagster.core.checks.outcome import Outcome
 from autointerp_dagster.core.schemas import Table
+from autointerp_dagster.core.types import Cell, Place
 from autointerp_dagster.core.windows import SPLITS
 
 
@@ -33,13 +35,10 @@ def schema_fault(table: Table, columns: Mapping[str, object], keys: pl.DataFrame
     return None
 
 
-def schema(n_tables: int, faults: Mapping[str, str]) -> Outcome:
-    """Whether all tables are as declared.
-
-    Args:
-        n_tables: How many were looked at.
-        faults: By place, the first that is not.
-    """
+def schema(places: Mapping[Place, Findings]) -> Outcome:
+    """Whether all tables are as declared."""
+    faults = {str(place): one.table_fault for place, one in places.items() if one.table_fault}
+    n_tables = sum(one.n_tables for one in places.values())
     return Outcome(
         "schema",
         not faults,
@@ -80,14 +79,11 @@ def split_faults(
     )
 
 
-def splits_disjoint(n_windows: int, n_wrong: int, faults: Mapping[str, str]) -> Outcome:
-    """Whether no document is in two splits.
-
-    Args:
-        n_windows: How many were looked at.
-        n_wrong: How many stand in a split that is not their document's.
-        faults: By place, :func:`split_faults` in words.
-    """
+def splits_disjoint(places: Mapping[Cell, Findings]) -> Outcome:
+    """Whether every window stands in the split of its document, or of its block of a long one."""
+    faults = {str(place): one.split_fault for place, one in places.items() if one.split_fault}
+    n_windows = sum(one.n_windows for one in places.values())
+    n_wrong = sum(one.n_wrong_splits for one in places.values())
     return Outcome(
         "splits_disjoint",
         not n_wrong,

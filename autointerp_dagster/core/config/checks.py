@@ -8,8 +8,9 @@ from autointerp_dagster.core.config.base import Parameters
 class ChecksConfig(Parameters, frozen=True):
     """Bounds of the checks; null switches a check off. They change no result, they block a run.
 
-    A rate blocks only if its whole 95 % interval lies beyond the bound. That splits are disjoint
-    and tables are as declared is always checked.
+    A share blocks only if its whole interval lies beyond the bound: of 95 %, for all cells and
+    layers of the study together. It is taken of every cell, every layer and all of a run, by
+    explainer. That splits are disjoint and tables are as declared is always checked.
     """
 
     failed_rate: float | None = Field(default=0.2, ge=0, lt=1)
@@ -26,4 +27,5 @@ class ChecksConfig(Parameters, frozen=True):
     what the mean alone leaves."""
     l0: float | None = Field(default=2.0, gt=1)
     """Factor by which the number of latents that fire on a token may differ from what the files of
-    a coder say, in either direction; a coder whose files say nothing is not checked."""
+    a coder say, in either direction; of TopK it may only not be above k. A coder whose files say
+    nothing is not checked."""

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from autointerp_dagster.adapters.datasets import read_dataset
 from autointerp_dagster.adapters.llm.fake.rule_judge import ChatMessages
 from autointerp_dagster.adapters.llm.fake.server import FakeLLMServer
-from autointerp_dagster.adapters.manifests import Manifest, content_hash_of
+from autointerp_dagster.adapters.manifests import Blob, Manifest, content_hash_of
+from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.cli import app
 from autointerp_dagster.core.errors import CheckError
 from autointerp_dagster.core.prompts import asked_for, read_question
@@ -25,6 +26,8 @@ from autointerp_dagster.core.schemas import SELECTION, WINDOWS, Table
 from autointerp_dagster.definitions import build_definitions, build_resources, build_study
 from autointerp_dagster.partitions import code_version, partition_key
 from autointerp_dagster.resources.events import asset_key
+from autointerp_dagster.resources.measuring import Measuring
+from autointerp_dagster.resources.stage_inputs import StageInputs
 from autointerp_dagster.study.checking import checks_of
 from autointerp_dagster.study.stages import STAGES, stages_of
 
@@ -80,6 +83,17 @@ def test_a_sound_study_passes_every_check(small: Bench) -> None:
     assert found["score_detection", "failed_rate"].metadata["n_asked"].value == 160
 
 
+def test_a_rerun_reads_no_table(small: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured is in the manifests."""
+
+    def refuse(store: Store, blob: Blob) -> bytes:
+        raise AssertionError(f"{blob.path} was read")
+
+    monkeypatch.setattr(Store, "verified_bytes", refuse)
+    small.run()
+    assert all(evaluation.passed for evaluation in checked(small).values())
+
+
 def test_a_judge_that_never_answers_stops_the_run_until_the_bounds_are_moved(
     small: Bench,
     instance: dg.DagsterInstance,
@@ -96,8 +110,8 @@ def test_a_judge_that_never_answers_stops_the_run_until_the_bounds_are_moved(
     assert told.exit_code == 1
     (line,) = [line for line in told.output.splitlines() if line.startswith("CheckError")]
     assert line.startswith(
-        "CheckError planted: score_detection: failed_rate: found 1.000 [0.342, 1.000] of 80 "
-        "answers failed (unparsable 80); sae@h.0/0000000-0000015: 1.000 ["
+        "CheckError planted: score_detection: failed_rate: found default 1.000 [0.342, 1.000] of "
+        "80 answers failed (unparsable 80); sae@h.0/0000000-0000015 default: 1.000 ["
     )
     assert "; wanted a share of at most 0.2. Read some with" in line
     assert heads_of(bench, "latent_metrics") == heads_of(small, "latent_metrics")
@@ -115,32 +129,31 @@ def test_a_judge_that_never_answers_stops_the_run_until_the_bounds_are_moved(
     assert manifests_shown(bench, "score_detection") == judged
     assert not checked(bench)["score_detection", "failed_rate"].passed
 
-    bench.overrides["checks"] = {"failed_rate": None}
-    _, cursor = followers(bench)
+    bench.overrides["checks"] = {"failed_rate": None, "share_scored": 0.9}  # of few latents
     with pytest.raises(CheckError, match="latent_metrics: share_scored") as refused:
         bench.run()
-    assert "detection 0.000 [0.000, 0.490] of 4" in str(refused.value)
+    assert "detection default 0.000 [0.000, 0.490] of 4" in str(refused.value)
     assert heads_of(bench, "latent_metrics") != heads_of(small, "latent_metrics")
     assert heads_of(bench, "layer_metrics") == heads_of(small, "layer_metrics")
 
-    assert followers(bench, cursor)[0] == {}
+    # Nothing is made from it by a run of its own either, as that of Dagster's automation.
+    for layer in bench.study.layer_keys:
+        with pytest.raises(CheckError, match="layer_metrics is not made from latent_metrics"):
+            dg.materialize(
+                build_study(bench.study),
+                selection=[asset_key(bench.study, STAGES["layer_metrics"])],
+                partition_key=partition_key(layer),
+                instance=instance,
+                resources=build_resources(),
+                run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+            )
+    assert heads_of(bench, "layer_metrics") == heads_of(small, "layer_metrics")
 
     bench.overrides["checks"] = {"failed_rate": None, "share_scored": None}
-    bench.run(until="latent_metrics")
-    assert followers(bench, cursor)[0]["layer_metrics"] == len(bench.study.layer_keys)
     bench.run()
     assert heads_of(bench, "score_detection") == judged
     assert heads_of(bench, "layer_metrics") != heads_of(small, "layer_metrics")
     assert bench.stale() == set()
-
-
-def followers(bench: Bench, cursor: Any = None) -> tuple[dict[str, int], Any]:
-    """How many partitions of which assets Dagster would launch by itself."""
-    definitions = build_definitions([bench.study])
-    found = dg.evaluate_automation_conditions(definitions, bench.instance, cursor=cursor)
-    keys = definitions.resolve_asset_graph().get_all_asset_keys()
-    asked = {key.path[-1]: found.get_num_requested(key) for key in keys}
-    return {name: n for name, n in asked.items() if n}, found.cursor
 
 
 def manifests_shown(bench: Bench, asset: str) -> dict[str, str]:
@@ -166,7 +179,12 @@ def tampered(
         new = bench.store.put_table(table, change(bench.store.table(blob)))
         blobs = tuple(new if old == blob else old for old in head.blobs)
         content_hash = content_hash_of(blobs, head.status)
-        changed = head.model_copy(update={"blobs": blobs, "content_hash": content_hash})
+        (cell,) = [cell for cell in bench.study.cells if str(cell) == place]
+        stage = StageInputs.of(bench.store, bench.study, asset)
+        findings = Measuring(stage).findings(cell, blobs)
+        changed = head.model_copy(
+            update={"blobs": blobs, "content_hash": content_hash, "findings": findings}
+        )
         (bench.folder / "store" / str(head.path)).unlink()
         kept = bench.store.commit(changed)
         bench.store.set_head(bench.name, asset, place, kept)
@@ -240,6 +258,7 @@ def test_a_judge_that_knows_the_truth_whatever_the_explanation_is_found_out(
     """As when prompts give the answer away."""
     script.answer = judged_by(TellTale(small))
     bench = with_another_judge(small, tmp_path, instance)
+    bench.overrides["checks"] = {"judge_floor": 0.05}  # there are few latents
     with pytest.raises(CheckError, match="score_detection: judge_floor: found a balanced accuracy"):
         bench.run(until="score_detection")
     assert checked(bench)["score_detection", "failed_rate"].passed
