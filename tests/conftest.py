@@ -14,11 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import hub as hub  # fixtures
+from hypothesis import settings
 from object_store import s3 as s3
 from postgres_server import postgres as postgres
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+settings.load_profile("untimed")
 
 os.environ.pop("COLUMNS", None)  # workers of pytest-xdist set it, and consoles would keep to it
 

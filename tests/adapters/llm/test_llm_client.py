@@ -460,17 +460,21 @@ class DeniedBackend:
 
 
 class FailingBackend(DeniedBackend):
-    """Raises what ``failure`` makes, at every call."""
+    """Raises what ``failure`` makes at every call, the first few of them all at once."""
 
     identity = "failing"
 
-    def __init__(self, failure: Callable[[], Exception]) -> None:
+    def __init__(self, failure: Callable[[], Exception], n_at_once: int = 1) -> None:
         super().__init__()
         self.failure = failure
+        self._n_at_once, self._are_there = n_at_once, asyncio.Event()
 
     async def ask(self, group: Sequence[Request]) -> list[Reply]:
         self.n_asked += 1
-        await asyncio.sleep(0.001)
+        if self.n_asked >= self._n_at_once:
+            self._are_there.set()
+        await self._are_there.wait()
+        await asyncio.sleep(0)
         raise self.failure()
 
 
@@ -511,7 +515,7 @@ def test_cancelled_calls_are_booked_as_estimated(journal):
 def test_an_error_of_a_backend_leaves_no_reservation_to_others(journal, failure):
     ledger = Ledger(BudgetConfig(tokens=1000))
     account = ledger.account(remote("http://host/v1"))
-    backend = FailingBackend(lambda: failure)
+    backend = FailingBackend(lambda: failure, n_at_once=4)  # else some are cancelled: may be paid
     with JournaledLLM(backend, journal, account=account) as llm, pytest.raises(type(failure)):
         answers(llm, questions(4))
     left = 1000 - ledger.usage.n_tokens
