@@ -37,8 +37,10 @@ class ObjectStore(NamedTuple):
         """Nobody may do some things to some objects meanwhile."""
         policy = {"Statement": [{"Effect": "Deny", "Principal": "*", **what}]}
         self.client.put_bucket_policy(Bucket=bucket, Policy=json.dumps(policy))
-        yield
-        self.client.delete_bucket_policy(Bucket=bucket)
+        try:
+            yield
+        finally:
+            self.client.delete_bucket_policy(Bucket=bucket)
 
     def make_old(self, root: str, days: float) -> None:
         """All objects of a store are that old."""

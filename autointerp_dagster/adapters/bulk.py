@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 from upath import UPath
 
+from autointerp_dagster.adapters.durable import reading
 from autointerp_dagster.adapters.remote import is_local, store_errors
 from autointerp_dagster.core.errors import StoreError
 
 _TOGETHER = 256
 """Files that are read at once; heads and manifests are a few KB each."""
+_VERSIONS = ("ETag", "etag", "ino")
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
 """What the file systems call the time of the last write: local, s3, abfs, gcs, ..., memory."""
 
@@ -28,6 +30,8 @@ class StoredFile(NamedTuple):
     n_bytes: int
     written: float
     """When, in seconds since 1970, by the store's clock."""
+    version: str = ""
+    """What else tells two writes apart, where the store says it: S3's clock counts seconds."""
 
 
 def list_files(root: UPath, folder: str) -> dict[str, StoredFile]:
@@ -81,9 +85,56 @@ def read_files(root: UPath, paths: Iterable[str]) -> Iterator[tuple[str, bytes |
             if isinstance(data, FileNotFoundError):
                 yield path, None
             elif isinstance(data, Exception):
-                raise StoreError(f"{root}/{path}: cannot be read: {type(data).__name__}.") from data
+                with reading(root, path), store_errors(root):
+                    raise data
             else:
                 yield path, data
+
+
+def remove(root: UPath, seen: Mapping[str, StoredFile]) -> None:
+    """Deletes files; it is no matter if some are gone, or are written anew meanwhile.
+
+    S3 answers that all is well also where it refused to delete some files, and its library does not
+    look: so this looks for them again.
+
+    Args:
+        root: The store.
+        seen: The files by path, as they were when they were last looked at.
+
+    Raises:
+        OSError: If one cannot be deleted.
+        StoreError: If the store does not answer.
+    """
+    base = _base(root)
+    if is_local(root):
+        for path in seen:
+            Path(f"{base}/{path}").unlink(missing_ok=True)
+        return
+    with store_errors(root):
+        try:
+            root.fs.rm([f"{base}/{path}" for path in seen])
+        except FileNotFoundError:  # somebody else was faster with one: the others are left
+            for path in seen:
+                with suppress(FileNotFoundError):
+                    root.fs.rm_file(f"{base}/{path}")
+    left = [path for path, file in _still_there(root, list(seen)) if file == seen[path]]
+    if left:
+        more = f" and {len(left) - 1} others" if len(left) > 1 else ""
+        raise OSError(
+            f"the store keeps {left[0]}{more}. Check that the credentials may delete there (on S3: "
+            "s3:DeleteObject, and no object lock)"
+        )
+
+
+def _still_there(root: UPath, paths: list[str]) -> Iterator[tuple[str, StoredFile]]:
+    """Those of some files that are there, by one request where they lie side by side."""
+    if len(paths) == 1:
+        file = look_at(root, paths[0])
+        if file is not None:
+            yield paths[0], file
+        return
+    files = list_files(root, os.path.commonpath([path.rpartition("/")[0] for path in paths]))
+    yield from ((path, files[path]) for path in paths if path in files)
 
 
 def stored_file(root: UPath, info: Mapping[str, Any]) -> StoredFile:
@@ -99,7 +150,8 @@ def stored_file(root: UPath, info: Mapping[str, Any]) -> StoredFile:
         if isinstance(when, datetime):
             when = when.timestamp()
         if when is not None:
-            return StoredFile(int(info["size"] or 0), float(when))
+            version = next((str(info[name]) for name in _VERSIONS if name in info), "")
+            return StoredFile(int(info["size"] or 0), float(when), version)
     raise StoreError(
         f"{root}: this kind of store does not say when a file was written, so what may be removed "
         "cannot be told. Use a local folder, s3://, gs:// or abfs://."
@@ -113,7 +165,11 @@ def _local_files(base: str, folder: str) -> Iterator[tuple[str, StoredFile]]:
             path = os.path.join(parent, name)
             with suppress(FileNotFoundError):
                 about = os.stat(path)
-                yield os.path.relpath(path, base), StoredFile(about.st_size, about.st_mtime)
+                yield os.path.relpath(path, base), _local_file(about)
+
+
+def _local_file(about: os.stat_result) -> StoredFile:
+    return StoredFile(about.st_size, about.st_mtime, str(about.st_ino))
 
 
 def _raise_unless_gone(error: OSError) -> None:

@@ -14,11 +14,10 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from autointerp_dagster.adapters.bulk import list_files, read_files
-from autointerp_dagster.adapters.durable import write_durably
+from autointerp_dagster.adapters.bulk import list_files, look_at, read_files, remove
+from autointerp_dagster.adapters.durable import deleting, write_durably, writing
 from autointerp_dagster.adapters.heads import is_temporary
 from autointerp_dagster.adapters.hookpoints import natural_order
-from autointerp_dagster.adapters.remote import store_errors
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.types import LayerKey
@@ -196,21 +195,16 @@ class FoundLayers:
                 ) from error
 
     def _write(self, kind: str, name: str, record: _Record) -> None:
-        target = self._root / self._path(kind, name)
-        try:
-            write_durably(target, record.model_dump_json(indent=1).encode())
-        except OSError as error:
-            raise StoreError(
-                f"{target}: cannot be written: {error}. Free space or fix the permissions."
-            ) from error
+        path = self._path(kind, name)
+        with writing(self._root, path):
+            write_durably(self._root / path, record.model_dump_json(indent=1).encode())
 
     def _remove(self, kind: str, name: str) -> None:
-        target = self._root / self._path(kind, name)
-        try:
-            with store_errors(target):
-                target.unlink(missing_ok=True)
-        except OSError as error:
-            raise StoreError(f"{target}: cannot be removed: {error}.") from error
+        path = self._path(kind, name)
+        seen = look_at(self._root, path)
+        if seen is not None:
+            with deleting(self._root, path):
+                remove(self._root, {path: seen})
 
     def _path(self, kind: str, name: str) -> str:
         return f"{self._folder}/{kind}/{quote(name, safe='@')}.json"

@@ -75,11 +75,6 @@ def store_errors(path: UPath) -> Iterator[None]:
         raise OSError(said) from error
 
 
-def is_answer_of_store(error: OSError) -> bool:
-    """Whether a remote store said it, and not what reads the bytes that came."""
-    return isinstance(error, PermissionError | ConnectionError | TimeoutError) or bool(_code(error))
-
-
 def _said(path: UPath, error: Exception) -> str | None:
     """What failed and what to do; null if the error says so itself."""
     kind = type(error).__name__

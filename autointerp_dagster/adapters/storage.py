@@ -13,8 +13,6 @@ import hashlib
 import io
 import logging
 import os
-import tempfile
-import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -30,9 +28,18 @@ from safetensors.numpy import save as save_tensors
 from upath import UPath
 
 from autointerp_dagster.adapters.bulk import list_files, look_at
-from autointerp_dagster.adapters.durable import here, read_whole, reading, write_durably, writing
+from autointerp_dagster.adapters.durable import (
+    copying,
+    here,
+    read_whole,
+    reading,
+    sync_folder,
+    temporary_file,
+    write_durably,
+    writing,
+)
 from autointerp_dagster.adapters.hashing import HASH_BLOCK, file_checksum, table_hash, tensors_hash
-from autointerp_dagster.adapters.local_files import TEMPORARY, remove_forgotten
+from autointerp_dagster.adapters.local_files import remove_forgotten
 from autointerp_dagster.adapters.manifests import (
     Blob,
     Manifest,
@@ -114,17 +121,17 @@ class Store:
             ValueError: If rows are not in order, repeat a key, or have other columns.
         """
         on_disk = is_local(self.root)
-        folder = Path(self.root.path) / "blobs" if on_disk else Path(tempfile.gettempdir())
-        temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}.tmp"
+        temporary = temporary_file(Path(self.root.path) / "blobs" if on_disk else None)
         try:
-            with writing(self.root, "blobs"):
-                folder.mkdir(parents=True, exist_ok=True)
-                remove_forgotten(folder)
+            with writing(self.root, "blobs") if on_disk else copying():
+                temporary.parent.mkdir(parents=True, exist_ok=True)
+                remove_forgotten(temporary.parent)
                 with temporary.open("wb") as file:
                     written = write_frames(file, table, frames)
                     file.flush()
                     os.fsync(file.fileno())
-                path = f"blobs/{written.checksum[:2]}/{written.checksum}.parquet"
+            path = f"blobs/{written.checksum[:2]}/{written.checksum}.parquet"
+            with writing(self.root, path):
                 self._take(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -251,8 +258,11 @@ class Store:
     def find(self, stage: str, input_fingerprint: str) -> Manifest | None:
         """The newest complete manifest of any study with these inputs, or null.
 
-        One that cannot be read, or whose blobs are not all there, counts as absent: what was
-        damaged and deleted is made again.
+        One that is damaged, or whose blobs are not all there, counts as absent: what was damaged
+        and deleted is made again.
+
+        Raises:
+            StoreError: If the store does not answer, or one of them cannot be read now.
         """
         paths = [p for p in list_files(self.root, f"{stage}/{input_fingerprint}") if is_manifest(p)]
         found = [manifest for path in paths if (manifest := self._readable(path)) is not None]
@@ -328,8 +338,9 @@ class Store:
         return None if data is None else data.decode(errors="replace").strip()
 
     def _readable(self, path: str) -> Manifest | None:
+        data = self._read_if_there(path)
         try:
-            return self.manifest(path)
+            return None if data is None else checked_manifest(self.root, path, data)
         except StoreError as error:
             _logger.warning("taken as absent: %s", error)
             return None
@@ -380,6 +391,7 @@ class Store:
         if is_local(self.root):
             Path(target.path).parent.mkdir(parents=True, exist_ok=True)
             temporary.replace(target.path)
+            sync_folder(Path(target.path).parent)
         else:
             with store_errors(target):
                 target.fs.put_file(str(temporary), target.path)  # seen when it is whole

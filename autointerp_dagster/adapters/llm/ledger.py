@@ -15,13 +15,13 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import ceil
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 from upath import UPath
 
-from autointerp_dagster.adapters.local_files import write_whole
-from autointerp_dagster.adapters.remote import is_local, store_errors
+from autointerp_dagster.adapters.bulk import StoredFile, list_files, read_files
+from autointerp_dagster.adapters.durable import write_durably
+from autointerp_dagster.adapters.remote import is_local
 from autointerp_dagster.core.config.models import RemoteLLMConfig
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.llm import Request, Usage, estimated_tokens
@@ -71,12 +71,12 @@ class SpendFile:
 
     def __init__(self, root: UPath, study: str, run_id: str) -> None:
         """Describe the file of a new session; nothing is read or written yet."""
-        self._study_folder = root / "spend" / study
+        self._root, self._folder = root, f"spend/{study}"
         self._run_id = run_id
-        self._path = self._study_folder / run_id / f"{uuid.uuid4().hex}.json"
+        self._path = root / self._folder / run_id / f"{uuid.uuid4().hex}.json"
         self.is_local = is_local(root)
 
-        self._read: dict[str, tuple[dict[str, Any], Cost]] = {}
+        self._read: dict[str, tuple[StoredFile, Cost]] = {}
         """Of files as they were listed when last read: a session that ended never changes."""
 
     def write(self, usage: Usage) -> None:
@@ -86,19 +86,12 @@ class SpendFile:
             StoreError: If the store cannot be written.
         """
         try:
-            with store_errors(self._path):
-                self._replace(json.dumps(asdict(usage)).encode())
+            write_durably(self._path, json.dumps(asdict(usage)).encode())
         except OSError as error:
             raise StoreError(
                 f"{self._path}: what was spent cannot be written: {error}. Free space or fix the "
                 "access and run again."
             ) from error
-
-    def _replace(self, content: bytes) -> None:
-        if not self.is_local:
-            self._path.write_bytes(content)  # an object appears as a whole or not at all
-            return
-        write_whole(Path(self._path.path), content)
 
     def read_others(self) -> Spent:
         """The sums over all other sessions of the run and of the study.
@@ -116,20 +109,16 @@ class SpendFile:
 
     def _costs(self) -> dict[str, Cost]:
         """By path. One listing, and one request for all files that are new or have changed."""
-        files, folder = self._study_folder.fs, self._study_folder.path
-        try:
-            with store_errors(self._study_folder):
-                found: Any = files.find(folder, detail=True)
-                listed = {path: of for path, of in found.items() if path.endswith(".json")}
-                known = {path: of for path, of in self._read.items() if of[0] == listed.get(path)}
-                paths = [path for path in listed if path not in known]
-                fresh: Any = files.cat(paths) if paths else {}
-        except OSError as error:
-            raise StoreError(
-                f"{self._study_folder}: what was spent cannot be read: {error}. Fix the access and "
-                "run again."
-            ) from error
-        known |= {path: (listed[path], _cost_in(path, fresh[path])) for path in paths}
+        listed = {
+            path: file
+            for path, file in list_files(self._root, self._folder).items()
+            if path.endswith(".json")
+        }
+        known = {path: of for path, of in self._read.items() if of[0] == listed.get(path)}
+        new = [path for path in listed if path not in known]
+        for path, content in read_files(self._root, new):
+            if content is not None:
+                known[path] = (listed[path], _cost_in(f"{self._root}/{path}", content))
         self._read = known
         return {path: cost for path, (_, cost) in known.items()}
 

@@ -15,14 +15,14 @@ and makes it again.
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from graphlib import TopologicalSorter
 from itertools import groupby
 from pathlib import Path
 
 from upath import UPath
 
-from autointerp_dagster.adapters.bulk import list_files, look_at
+from autointerp_dagster.adapters.bulk import list_files, look_at, remove
+from autointerp_dagster.adapters.durable import write_durably
 from autointerp_dagster.adapters.local_files import remove_unless_written_since
 from autointerp_dagster.adapters.pruning.survey import Doomed, Found, Kind, Survey
 from autointerp_dagster.adapters.remote import is_local, store_errors
@@ -118,8 +118,7 @@ def _remove_remote(root: UPath, paths: Sequence[str], moment: float) -> set[str]
             gone |= {path for path in some if path not in files}
             old = [path for path in some if path in files and files[path].written <= moment]
             if old:
-                with suppress(FileNotFoundError):  # another gc was faster
-                    root.fs.rm([(root / path).path for path in old])
+                remove(root, {path: files[path] for path in old})
                 gone |= set(old)
     return gone
 
@@ -136,15 +135,15 @@ def clock_of(store: Store) -> float:
         StoreError: If the store cannot be written.
     """
     name = f".autointerp-{uuid.uuid4().hex}.tmp"
-    file = store.root / name
     if is_local(store.root) and not store.root.exists():
         return 0.0
     try:
         with store_errors(store.root):
             before = time.time()
-            file.write_bytes(b"what time is it")
+            write_durably(store.root / name, b"what time is it")
             found = look_at(store.root, name)
-            file.unlink()
+            if found is not None:
+                remove(store.root, {name: found})
     except OSError as error:
         raise StoreError(f"{store.root}: cannot be written, so not pruned: {error}.") from error
     return 0.0 if found is None else found.written - before

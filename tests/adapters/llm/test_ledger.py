@@ -272,7 +272,7 @@ def test_errors_of_a_remote_stores_own_kind_are_store_errors(odd_store):
     odd_store.is_down = True
     with pytest.raises(StoreError, match="cannot be written: the store failed with OddError"):
         file.write(paid(1.0, 1))
-    with pytest.raises(StoreError, match="cannot be read: the store failed with OddError"):
+    with pytest.raises(StoreError, match="cannot be looked at: the store failed with OddError"):
         SpendFile(odd_store.root, "study", "next").read_others()
 
 

@@ -11,7 +11,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,13 +19,12 @@ from typing import Any, BinaryIO, Self
 
 from upath import UPath
 
-from autointerp_dagster.adapters.durable import write_durably
+from autointerp_dagster.adapters.durable import write_durably, writing
 from autointerp_dagster.adapters.llm.batch.records import (
     Question,
     RecordWriter,
     new_batch,
     record_path,
-    writing,
 )
 from autointerp_dagster.adapters.llm.remote.body import body_of
 from autointerp_dagster.core.config.models import RemoteLLMConfig
@@ -174,13 +173,13 @@ class _OpenFile:
         return BatchFile(self._path, self.batch, self._config, self.n_requests, self.n_bytes)
 
     def open(self) -> None:
-        with writing(self._path):
+        with _writing(self._path):
             self._part.parent.mkdir(parents=True, exist_ok=True)
             self._lines = self._part.open("wb")
 
     def add(self, question: Question, line: bytes) -> None:
         assert self._lines is not None  # opened at once
-        with writing(self._path):
+        with _writing(self._path):
             self._lines.write(line)
         self.note(question)
         self.call_ids.add(question.call_id)
@@ -196,7 +195,7 @@ class _OpenFile:
         """The lines and their record are on the disk, under names that nobody reads."""
         if self._record is None or self._lines is None:
             return
-        with writing(self._path):
+        with _writing(self._path):
             self._lines.close()
             self._record_part.write_bytes(self._record.finish())
         self._record = None
@@ -205,10 +204,10 @@ class _OpenFile:
     def commit(self) -> None:
         """The record first: a file with a name can be answered."""
         self._is_committing = True
-        with writing(self._target):
+        with writing(self._target.parent, self._target.name):
             write_durably(self._target, self._record_part.read_bytes())
         check_free(self._path)  # somebody else may have taken it meanwhile
-        with writing(self._path):
+        with _writing(self._path):
             self._part.replace(self._path)
             self._is_named = True
             self._record_part.unlink()
@@ -227,9 +226,23 @@ class _OpenFile:
                 self._target.unlink(missing_ok=True)
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Writing a file of questions, which is in no store.
+
+    Raises:
+        StoreError: If it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise StoreError(f"{path}: cannot be written: {reason}.") from error
+
+
 def check_free(path: Path) -> None:
     """Raises StoreError if there is a file of this name, or nobody can tell."""
-    with writing(path):
+    with _writing(path):
         if path.exists():
             raise StoreError(f"{path}: exists already. Name another file with --out.")
 
@@ -237,7 +250,7 @@ def check_free(path: Path) -> None:
 def check_series_free(first: Path) -> None:
     """Raises StoreError if there is any file that an export to ``first`` may need."""
     check_free(first)
-    with writing(first):
+    with _writing(first):
         beside = sorted(first.parent.iterdir()) if first.parent.is_dir() else []
     numbered = re.compile(rf"{re.escape(first.stem)}-\d+{re.escape(first.suffix)}")
     for path in beside:

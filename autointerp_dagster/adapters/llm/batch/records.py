@@ -21,7 +21,14 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from autointerp_dagster.adapters.bulk import list_files, look_at, read_files
-from autointerp_dagster.adapters.durable import here, read_whole, reading, write_durably
+from autointerp_dagster.adapters.durable import (
+    here,
+    is_damage,
+    read_whole,
+    reading,
+    write_durably,
+    writing,
+)
 from autointerp_dagster.core.config.models import RemoteLLMConfig
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.llm import (
@@ -68,16 +75,6 @@ class Question(NamedTuple):
 
     call_id: str
     request: Request
-
-
-@contextmanager
-def writing(path: object) -> Iterator[None]:
-    """Turns what the system says against writing ``path`` into a StoreError."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise StoreError(f"{path}: cannot be written: {reason}.") from error
 
 
 class RecordWriter:
@@ -144,7 +141,7 @@ class Batch:
     def _read(cls, root: UPath, name: str, path: UPath) -> "Batch":
         with reading(root, f"{_FOLDER}/{path.name}"):
             content = read_whole(path)
-        with _reading(path):
+        with _decoding(path):
             table = pq.read_table(io.BytesIO(content))
             about = json.loads((table.schema.metadata or {})[_ABOUT])
             config = RemoteLLMConfig.model_validate(about["config"])
@@ -181,8 +178,9 @@ class Outstanding:
         ids, owners = [np.empty(0, _ID)], [np.empty(0, np.uint32)]
         for number, path in enumerate(paths):
             failed = [f for f in files if f.endswith(".failed") and f.startswith(path[:-7])]
-            with reading(root, path), here(root / path) as file, _reading(root / path):
-                name, mine = _ids_of(file, [ids for _, ids in read_files(root, failed) if ids])
+            came_back = [ids for _, ids in read_files(root, failed) if ids]
+            with reading(root, path), here(root / path) as file, _decoding(root / path):
+                name, mine = _ids_of(Path(path).stem, file, came_back)
             self._names.append(name)
             ids.append(mine)
             owners.append(np.full(len(mine), number, np.uint32))
@@ -211,9 +209,9 @@ def note_failed(root: UPath, batch: str, call_ids: Collection[str]) -> None:
     """
     content = b"".join(sorted(bytes.fromhex(call_id) for call_id in call_ids))
     digest = hashlib.blake2b(content, digest_size=8).hexdigest()
-    target = root / _FOLDER / f"{batch}.{digest}.failed"
-    with writing(target):
-        write_durably(target, content)
+    path = f"{_FOLDER}/{batch}.{digest}.failed"
+    with writing(root, path):
+        write_durably(root / path, content)
 
 
 def split_custom_id(custom_id: str) -> tuple[str, str] | None:
@@ -240,7 +238,7 @@ _ID = np.dtype(f"S{_ID_BYTES}")
 """Padded with zeros, which numpy drops from both sides of a comparison."""
 
 
-def _ids_of(path: Path, failed: Iterable[bytes]) -> tuple[str, np.ndarray]:
+def _ids_of(batch: str, path: Path, failed: Iterable[bytes]) -> tuple[str, np.ndarray]:
     """How people know a batch, and the ids of its questions that did not fail."""
     table = pq.read_table(path, columns=["call_id", "stage", "coder_hash", "block"])
     about = json.loads((table.schema.metadata or {})[_ABOUT])
@@ -251,7 +249,7 @@ def _ids_of(path: Path, failed: Iterable[bytes]) -> tuple[str, np.ndarray]:
         is_open = ~np.isin(calls, _as_ids(ids))
         calls, asked = calls[is_open], asked[is_open]
     file_name = about.get("file")
-    return (f"{path.stem} ({file_name})" if file_name else path.stem), asked
+    return (f"{batch} ({file_name})" if file_name else batch), asked
 
 
 def _place_id(call_id: str, stage: str, coder_hash: str, block: int) -> bytes:
@@ -265,10 +263,13 @@ def _as_ids(content: bytes) -> np.ndarray:
 
 
 @contextmanager
-def _reading(path: UPath) -> Iterator[None]:
+def _decoding(path: UPath) -> Iterator[None]:
+    """Making something of a record's bytes; a system that cannot read them now is passed on."""
     try:
         yield
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        if not is_damage(error):
+            raise
         raise StoreError(
             f"{path}: not a readable record of a batch ({type(error).__name__}). Restore it "
             "from a copy of the store, or delete it, export and ask again."

@@ -13,13 +13,13 @@ import io
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from upath import UPath
 
+from autointerp_dagster.adapters.bulk import list_files, remove
 from autointerp_dagster.adapters.llm.journal.replies import BlockReplies, ReplyBatch
 from autointerp_dagster.adapters.llm.journal.segments import (
     ROWS_PER_GROUP,
@@ -29,7 +29,6 @@ from autointerp_dagster.adapters.llm.journal.segments import (
     read_replies,
     segment_writer,
 )
-from autointerp_dagster.adapters.remote import store_errors
 
 MERGE_FROM = 16
 """Segments of one size class before they are merged; a class spans a factor of 16 in bytes, so a
@@ -73,9 +72,8 @@ def compact(folder: UPath, rule: Rule) -> None:
         OSError: If the store cannot be written.
     """
     try:
-        with store_errors(folder):
-            for group in rule(_sized(folder)):
-                _merge(folder, [segment.path for segment in group])
+        for group in rule(_sized(folder)):
+            _merge(folder, [segment.path for segment in group])
     except FileNotFoundError:  # another process compacts this block
         return
 
@@ -93,10 +91,10 @@ def _within_limit(segments: list[SizedSegment]) -> list[list[SizedSegment]]:
 
 
 def _sized(folder: UPath) -> list[SizedSegment]:
-    found = folder.fs.ls(folder.path, detail=True)
-    sizes = {str(info["name"]).rsplit("/", maxsplit=1)[-1]: int(info["size"]) for info in found}
-    names = sorted(name for name in sizes if name.endswith(".parquet"))
-    return [SizedSegment(folder / name, sizes[name]) for name in names]
+    found = sorted(list_files(folder, "").items())
+    return [
+        SizedSegment(folder / name, f.n_bytes) for name, f in found if name.endswith(".parquet")
+    ]
 
 
 def _merge(folder: UPath, parts: list[UPath]) -> None:
@@ -105,10 +103,8 @@ def _merge(folder: UPath, parts: list[UPath]) -> None:
         for calls in _row_groups(_surviving(parts)):
             writer.write_table(in_order(calls), row_group_size=ROWS_PER_GROUP)
     merged = put_segment(folder, sink)
-    for part in parts:
-        if part.name != merged.name:
-            with suppress(FileNotFoundError):
-                part.unlink()
+    files, names = list_files(folder, ""), {part.name for part in parts} - {merged.name}
+    remove(folder, {name: files[name] for name in names & files.keys()})
 
 
 def _surviving(parts: list[UPath]) -> Iterator[pa.Table]:

@@ -7,8 +7,9 @@ Compaction may replace segments at any time, so a reader lists, reads, and lists
 import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import accumulate, chain
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -17,9 +18,8 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from autointerp_dagster.adapters.bulk import list_files
-from autointerp_dagster.adapters.durable import write_durably
+from autointerp_dagster.adapters.durable import here, is_damage, write_durably
 from autointerp_dagster.adapters.llm.journal.entries import Entry
-from autointerp_dagster.adapters.remote import is_answer_of_store, is_local
 from autointerp_dagster.core.errors import StoreError
 from autointerp_dagster.core.llm import JournalBlock, Token
 
@@ -235,7 +235,8 @@ def opened(path: UPath, dictionary: Sequence[str] = ()) -> Iterator[pq.ParquetFi
     """
     try:
         with (
-            path.open("rb") as file,
+            _copied(path) as copy,
+            copy.open("rb") as file,
             pq.ParquetFile(
                 file, read_dictionary=list(dictionary), page_checksum_verification=True
             ) as segment,
@@ -244,15 +245,24 @@ def opened(path: UPath, dictionary: Sequence[str] = ()) -> Iterator[pq.ParquetFi
     except FileNotFoundError:
         raise
     except (OSError, KeyError, pa.ArrowException) as error:  # KeyError: other columns than ours
-        if isinstance(error, OSError) and not is_local(path) and is_answer_of_store(error):
+        if not is_damage(error):
             raise _unreachable(path, error) from error
         raise StoreError(
             f"{path}: not a readable journal segment ({error}). Delete it to pay again."
         ) from error
-    except Exception as error:
-        if is_local(path):
+
+
+@contextmanager
+def _copied(path: UPath) -> Iterator[Path]:
+    """A segment on this machine, so that what fails on its way is not taken for damage."""
+    with ExitStack() as stack:
+        try:
+            copy = stack.enter_context(here(path))
+        except FileNotFoundError:
             raise
-        raise _unreachable(path, error) from error
+        except OSError as error:
+            raise _unreachable(path, error) from error
+        yield copy
 
 
 def _listed(folder: UPath) -> list[UPath]:

@@ -73,9 +73,11 @@ class TemplateStore:
         try:
             content = read_whole(path)
         except OSError as error:
+            is_gone = isinstance(error, FileNotFoundError)
             raise StoreError(
-                f"{path}: the beginning of a prompt cannot be read ({error}). "
-                "Restore the file; the answers themselves are not affected."
+                f"{path}: the beginning of a prompt {'is missing' if is_gone else 'cannot be read'}"
+                f" ({error}). {'Restore the file' if is_gone else 'Run again when it can'}; the "
+                "answers themselves are not affected."
             ) from error
         if hashlib.blake2b(content, digest_size=16).hexdigest() != address:
             raise StoreError(
