@@ -44,8 +44,11 @@ class Trial:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.root = self.root or str(self.folder / "store")
         self.path = self.write(self.folder, self.root)
+        home = self.folder / "home"
+        home.mkdir(exist_ok=True)
+        (home / "dagster.yaml").write_text(SHIPPED.read_text())
         self.environment = {
-            "DAGSTER_HOME": str(self.folder / "home"),
+            "DAGSTER_HOME": str(home),
             "AUTOINTERP_SPOOL": str(self.folder / "spool"),
             "AUTOINTERP_STUDIES": str(self.path.parent),
             "DAGSTER_DISABLE_TELEMETRY": "1",
