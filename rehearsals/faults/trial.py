@@ -20,6 +20,7 @@ from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.adapters.verifying import verify
 from autointerp_dagster.cli.main import app
 from autointerp_dagster.resources.staleness import out_of_date
+from autointerp_dagster.resources.versions import CHECKOUT
 from autointerp_dagster.study import Study, load_study
 
 _PRELOADED = ["rehearsals.faults.trial", "torch", "transformers", "sentence_transformers"]
@@ -44,11 +45,8 @@ class Trial:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.root = self.root or str(self.folder / "store")
         self.path = self.write(self.folder, self.root)
-        home = self.folder / "home"
-        home.mkdir(exist_ok=True)
-        (home / "dagster.yaml").write_text(SHIPPED.read_text())
         self.environment = {
-            "DAGSTER_HOME": str(home),
+            "DAGSTER_HOME": str(self.folder / "home"),
             "AUTOINTERP_SPOOL": str(self.folder / "spool"),
             "AUTOINTERP_STUDIES": str(self.path.parent),
             "DAGSTER_DISABLE_TELEMETRY": "1",
@@ -73,6 +71,7 @@ class Trial:
             home: Another folder for Dagster's records.
         """
         environment = self.environment | ({"DAGSTER_HOME": home} if home else {})
+        make_home(Path(environment["DAGSTER_HOME"]))
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
         command = ["run", str(self.path), *arguments]
@@ -140,6 +139,14 @@ class Trial:
             for path in heads.rglob("*")
             if not path.name.startswith(".") and path.is_file()
         )
+
+
+def make_home(home: Path) -> None:
+    """A folder for Dagster's records, with the settings that come along: pools have limits."""
+    home.mkdir(parents=True, exist_ok=True)
+    settings = home / "dagster.yaml"
+    if not settings.exists():
+        settings.write_text((CHECKOUT / "dagster_home" / "dagster.yaml").read_text())
 
 
 def n_differing(found: Mapping[Name, str], wanted: Mapping[Name, str]) -> int:
