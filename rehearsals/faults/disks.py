@@ -16,7 +16,8 @@ from rehearsals.faults.trial import n_differing
 N_STORES = 6
 """Runs whose store's disk is full after some share of what the study takes."""
 _SPOOL_BYTES = 16_384
-_HOME_SHARE = 0.5
+_HOME_SHARE = 0.3
+"""Of the records of two runs: what the undisturbed home holds."""
 
 Figures = Iterator[Result | NotMeasured]
 
