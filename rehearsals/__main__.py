@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import sys
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS"):
@@ -13,6 +14,7 @@ NAMES = ("scale", "faults")
 
 def main(arguments: list[str]) -> int:
     """Runs one rehearsal with its options, or all without any."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what was started, and unmounts
     names = arguments[:1] or list(NAMES)
     if names[0] not in NAMES:
         sys.exit(f"no rehearsal {names[0]!r}. There are: {', '.join(NAMES)}.")

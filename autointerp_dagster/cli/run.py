@@ -20,6 +20,7 @@ from autointerp_dagster.partitions import partition_key
 from autointerp_dagster.resources.events import asset_key
 from autointerp_dagster.resources.llms import BUDGET_TAG, LLMs
 from autointerp_dagster.resources.pending import stages_that_ask
+from autointerp_dagster.resources.pools import PROCESS_TAG, this_process, watched_pools
 from autointerp_dagster.resources.preflight import REPLAY_TAG, check_study
 from autointerp_dagster.resources.progress import ProgressDisplay
 from autointerp_dagster.resources.registering import register
@@ -121,8 +122,9 @@ def materialize(
         chosen = {cell.layer for cell in selection.cells} if study.discovers else None
         check_study(study, names - asking, chosen)
     budget = str(uuid.uuid4())
-    for stages, places in runs:
-        _run(study, stages, places, budget, instance=instance, mode=mode)
+    with watched_pools(instance):
+        for stages, places in runs:
+            _run(study, stages, places, budget, instance=instance, mode=mode)
     return budget
 
 
@@ -244,7 +246,8 @@ def _run(
     """One Dagster run over a rectangle of places (its corners are the first and the last)."""
     if not stages:
         return
-    tags = {BUDGET_TAG: budget} | ({REPLAY_TAG: "true"} if mode == "replay" else {})
+    tags = {BUDGET_TAG: budget, PROCESS_TAG: this_process()}
+    tags |= {REPLAY_TAG: "true"} if mode == "replay" else {}
     if places:
         tags["dagster/asset_partition_range_start"] = str(partition_key(places[0]))
         tags["dagster/asset_partition_range_end"] = str(partition_key(places[-1]))

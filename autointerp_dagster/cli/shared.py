@@ -1,7 +1,9 @@
 """What the commands share: arguments, options, consoles, and how an error is told."""
 
 import os
+import re
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -91,17 +93,21 @@ def dagster_instance() -> Iterator[dg.DagsterInstance]:
             settings.write_text("telemetry: {enabled: false}\nnux: {enabled: false}\n")
         with dg.DagsterInstance.get() as instance:
             yield instance
-    except (dg.DagsterError, SQLAlchemyError, OSError) as error:
+    except AutoInterpError:
+        raise
+    except Exception as error:  # Dagster's own on Postgres have no common kind
         cause = next((one for one in _causes(error) if _is_of(one, home)), None)
         if cause is None:
             raise
         for descriptor, kept in streams.items():  # may still lead to a log among the records
             os.dup2(kept, descriptor)
-        free = f", {shutil.disk_usage(home).free / 1e6:.1f} MB are free" if home.is_dir() else ""
+        free = ""
+        if _is_on_disk(cause) and home.is_dir():
+            free = f", {shutil.disk_usage(home).free / 1e6:.1f} MB are free"
         raise RecordsError(
-            f"{home}: Dagster's records cannot be read or written: {told(cause)}{free}. Free space "
-            "there, or name another folder in DAGSTER_HOME, and run again: what is finished is in "
-            "the study's store and is not made again."
+            f"{home}: Dagster's records cannot be read or written: {told(cause)}{free}. "
+            f"{_remedy(cause, home)}, and run again: what is finished is in the study's store and "
+            "is not made again."
         ) from error
     finally:
         for kept in streams.values():
@@ -113,7 +119,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     found: BaseException | None = error
     while found is not None:
         yield found
-        found = found.__cause__ or found.__context__
+        hidden = found.__suppress_context__
+        found = found.__cause__ or (None if hidden else found.__context__)
 
 
 def _is_of(error: BaseException, home: Path) -> bool:
@@ -121,3 +128,16 @@ def _is_of(error: BaseException, home: Path) -> bool:
     if isinstance(error, OSError):
         return error.filename is not None and Path(str(error.filename)).is_relative_to(home)
     return isinstance(error, SQLAlchemyError)
+
+
+def _is_on_disk(cause: BaseException) -> bool:
+    """Whether the records are files of this machine, not a server's."""
+    return isinstance(cause, OSError) or isinstance(getattr(cause, "orig", None), sqlite3.Error)
+
+
+def _remedy(cause: BaseException, home: Path) -> str:
+    if not _is_on_disk(cause):
+        return f"See that the server in {home / 'dagster.yaml'} is up and its address right"
+    if isinstance(cause, OSError) or re.search("is full|disk I/O", str(cause)):
+        return "Free space there, or name another folder in DAGSTER_HOME"
+    return "Name another folder in DAGSTER_HOME"

@@ -6,17 +6,21 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import dagster as dg
+
 from autointerp_dagster.partitions import partition_key
+from autointerp_dagster.resources.pools import PROCESS_TAG
 from autointerp_dagster.study.stages import stages_of
 from benchmarks.measure import NotMeasured, Result
 from rehearsals.faults.rehearsal import Rehearsal, none, say
 from rehearsals.faults.stack import Stack, end, wait_for
-from rehearsals.faults.trial import Trial, n_differing
+from rehearsals.faults.trial import Trial, make_home, n_differing
 from tests.e2e.planted import LATENTS, save_coder
 
 _WHOLE_S = 600
 _MAX_KILLS, _BETWEEN_S = 6, (3, 25)
 _ENDED = ("SUCCESS", "FAILURE", "CANCELED")
+_OVERLAP_S = 5
 _LAYER_TAG = "autointerp/new_layers"
 
 Figures = Iterator[Result | NotMeasured]
@@ -94,6 +98,8 @@ def commands(rehearsal: Rehearsal) -> Figures:
         trial = rehearsal.trial(f"commands-{name.split()[0]}")
         n_before = len(rehearsal.server.requests)
         home = None if other is None else str(trial.folder / other)
+        for folder in {trial.environment["DAGSTER_HOME"], home or ""} - {""}:
+            _dagster_runs(folder)  # two processes that make SQLite's files at once spoil them
         processes = [trial.start(), trial.start(home=home)]
         for process in processes:
             process.join()
@@ -102,8 +108,30 @@ def commands(rehearsal: Rehearsal) -> Figures:
             say(f"two commands, {name}: {trial.output.read_text()[-2000:]}")
         n_calls = len(rehearsal.server.requests) - n_before
         say(f"two commands, {name}: {n_calls} calls by both")
+        both_s = _both_s(trial.environment["DAGSTER_HOME"], home)
+        yield Result(f"two commands, {name}: both under way", both_s, _OVERLAP_S, "s")
         yield none(f"two commands, {name}: that failed", n_failed, "runs")
         yield from _ended(rehearsal, trial, f"two commands, {name}")
+
+
+def _dagster_runs(home: str) -> list[dg.RunRecord]:
+    """All that are recorded there; makes the records if there are none."""
+    make_home(Path(home))
+    with dg.DagsterInstance.from_config(home) as instance:
+        return list(instance.get_run_records())
+
+
+def _both_s(home: str, other: str | None) -> float:
+    """For how long runs of both commands were under way."""
+    spans: dict[str, list[float]] = {}
+    for record in [*_dagster_runs(home), *(_dagster_runs(other) if other else [])]:
+        process = record.dagster_run.tags[PROCESS_TAG]
+        spans.setdefault(process, []).extend(
+            moment for moment in (record.start_time, record.end_time) if moment is not None
+        )
+    if len(spans) != 2:
+        return 0.0
+    return min(max(span) for span in spans.values()) - max(min(span) for span in spans.values())
 
 
 def _with(rehearsal: Rehearsal, over: dict[str, object]) -> partial[Path]:

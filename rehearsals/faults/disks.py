@@ -16,7 +16,8 @@ from rehearsals.faults.trial import n_differing
 N_STORES = 6
 """Runs whose store's disk is full after some share of what the study takes."""
 _SPOOL_BYTES = 16_384
-_HOME_SHARE = 0.5
+_HOME_SHARE = 0.3
+"""Of the records of two runs: what the undisturbed home holds."""
 
 Figures = Iterator[Result | NotMeasured]
 
@@ -32,7 +33,7 @@ def disk(rehearsal: Rehearsal) -> Figures:
     shares = [(i + rehearsal.rng.random()) / (N_STORES + 1) for i in range(N_STORES)]
     disks = [(f"store at {share:.0%}", "store", int(share * whole)) for share in shares]
     disks += [("spool", "spool", _SPOOL_BYTES), ("home", "home", int(_HOME_SHARE * home))]
-    n_failed = n_plain = n_damaged = n_differ = n_stale = 0
+    n_failed = n_plain = n_damaged = n_differ = n_stale = n_made = 0
     for name, folder, n_bytes in disks:
         trial = rehearsal.trial(f"disk-{name.replace(' ', '-')}")
         with _small_disk(trial.folder / folder, n_bytes):
@@ -44,6 +45,8 @@ def disk(rehearsal: Rehearsal) -> Figures:
             say(f"full disk of {name}: {trial.error()}")
             if not is_plain:
                 say(trial.output.read_text()[-3000:])
+            n_made = len(trial.contents())  # the last is of Dagster's records
+            say(f"full disk of {name}: {n_made} places made before")
             n_damaged += len(trial.faults())
             _enlarge(trial.folder / folder)
             trial.run()
@@ -53,6 +56,7 @@ def disk(rehearsal: Rehearsal) -> Figures:
     n = len(disks)
     yield Result("full disk: runs that it ended", n_failed, n, "runs")
     yield Result("full disk: of these, told in one line that names the path", n_plain, n, "runs")
+    yield Result("full disk of Dagster's records: places made before", n_made, 1, "places")
     yield none("full disk: damaged files", n_damaged, "files")
     yield none("full disk: places that differ in the end", n_differ, "places")
     yield none("full disk: places out of date in the end", n_stale, "places")
@@ -80,7 +84,7 @@ def _cannot_mount() -> str | None:
 
 @contextmanager
 def _small_disk(folder: Path, n_bytes: int) -> Iterator[None]:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     size = f"size={max(n_bytes, 4096)}"
     subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)], check=True)
     try:

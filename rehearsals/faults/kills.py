@@ -21,6 +21,7 @@ _EARLY_S = 3.0
 _SHARE = 0.8
 """Of a stage's time, in which kills fall: later ones hit the next stage."""
 _MAX_STUDIES = 6
+"""Beside one for each round of kills: more are needed where kills miss."""
 _SETTLING_S = 0.5
 _WAITING_S = 1800.0
 
@@ -72,12 +73,14 @@ def kills(rehearsal: Rehearsal) -> Iterator[Result | NotMeasured]:
 def _stages_to_kill(rehearsal: Rehearsal, tally: _Tally) -> list[str]:
     """For one study: each stage once or twice, some if few kills are left, or those never hit."""
     stages, rng = list(rehearsal.stage_seconds), rehearsal.rng
+    if tally.n_studies >= _MAX_STUDIES + rehearsal.n_kills // len(stages):
+        return []
     n_left = rehearsal.n_kills - tally.hit.total()
     if n_left >= len(stages):
         return [stage for stage in stages for _ in range(1 + (rng.random() < _P_TWICE))]
     if n_left > 0:
         return [stages[i] for i in sorted(rng.sample(range(len(stages)), n_left))]
-    if rehearsal.n_kills < len(stages) or tally.n_studies >= _MAX_STUDIES:
+    if rehearsal.n_kills < len(stages):
         return []
     return [stage for stage in stages if not tally.hit[stage]]
 

@@ -36,6 +36,11 @@ def s3(rehearsal: Rehearsal) -> Figures:
                 f"S3, {name}: {took:.0f} s, {service.n_requests} requests, "
                 f"{dict(service.n_faults)}; {n_ended} runs ended by it"
             )
+            if name == "errors":
+                n_faults = service.n_faults.total()
+                yield Result("S3, errors: requests that failed", n_faults, 10, "requests")
+            if name == "outages":
+                yield Result("S3, outages: runs that they ended", n_ended, 1, "runs")
             service.weather = Weather()
             trial.run()
             n_wrong = n_differing(trial.contents(), rehearsal.contents)

@@ -13,11 +13,10 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
-from rehearsals.faults.trial import Trial
+from rehearsals.faults.trial import Trial, make_home
 
 LOCATION = "autointerp"
 _STARTING_S = 180
-_SETTINGS = "telemetry: {enabled: false}\nnux: {enabled: false}\nrun_monitoring: {enabled: true}\n"
 _SWITCH_ON = """
 mutation ($selector: SensorSelector!) {
   startSensor(sensorSelector: $selector) { __typename ... on PythonError { message } } }"""
@@ -47,9 +46,7 @@ class Stack:
 
     def __enter__(self) -> Self:
         """Returns once the web server answers."""
-        home = Path(self._trial.environment["DAGSTER_HOME"])
-        home.mkdir(parents=True, exist_ok=True)
-        (home / "dagster.yaml").write_text(_SETTINGS)
+        make_home(Path(self._trial.environment["DAGSTER_HOME"]))
         code, self._port = _free_port(), _free_port()
         self._workspace.write_text(
             f"load_from:\n- grpc_server: {{host: 127.0.0.1, port: {code}, "

@@ -20,6 +20,7 @@ from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.adapters.verifying import verify
 from autointerp_dagster.cli.main import app
 from autointerp_dagster.resources.staleness import out_of_date
+from autointerp_dagster.resources.versions import CHECKOUT
 from autointerp_dagster.study import Study, load_study
 
 _PRELOADED = ["rehearsals.faults.trial", "torch", "transformers", "sentence_transformers"]
@@ -70,6 +71,7 @@ class Trial:
             home: Another folder for Dagster's records.
         """
         environment = self.environment | ({"DAGSTER_HOME": home} if home else {})
+        make_home(Path(environment["DAGSTER_HOME"]))
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
         command = ["run", str(self.path), *arguments]
@@ -137,6 +139,14 @@ class Trial:
             for path in heads.rglob("*")
             if not path.name.startswith(".") and path.is_file()
         )
+
+
+def make_home(home: Path) -> None:
+    """A folder for Dagster's records, with the settings that come along: pools have limits."""
+    home.mkdir(parents=True, exist_ok=True)
+    settings = home / "dagster.yaml"
+    if not settings.exists():
+        settings.write_text((CHECKOUT / "dagster_home" / "dagster.yaml").read_text())
 
 
 def n_differing(found: Mapping[Name, str], wanted: Mapping[Name, str]) -> int:

@@ -3,7 +3,10 @@
 import io
 import json
 import re
+import shutil
+import socket
 from dataclasses import replace
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
@@ -15,6 +18,7 @@ from autointerp_dagster.adapters.lineage import lineage_of
 from autointerp_dagster.cli import app
 from autointerp_dagster.cli.report import print_report
 from autointerp_dagster.cli.walk import Walk
+from autointerp_dagster.resources.versions import CHECKOUT
 
 
 def invoke(*arguments):
@@ -214,6 +218,32 @@ def test_records_of_dagster_that_cannot_be_used_are_told_in_a_line(small, tmp_pa
     assert answer.exit_code == 1
     assert re.fullmatch(
         rf"RecordsError {tmp_path}: Dagster's records cannot be read or written: DatabaseError: "
-        r".*file is not a database, [\d.]+ MB are free\. Free space there, or .*\n",
+        r".*file is not a database, [\d.]+ MB are free\. Name another folder in DAGSTER_HOME, .*\n",
         answer.output,
     )
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("postgresql://me:hidden@127.0.0.1:{port}/x", "OperationalError: .* refused"),
+        ("postgresql//me:hidden@127.0.0.1:{port}/x", "ArgumentError: "),
+    ],
+)
+def test_a_postgres_that_does_not_answer_is_told_in_a_line(
+    tmp_path, monkeypatch, small, url, message
+):
+    postgres = pytest.importorskip("dagster_postgres.utils")
+    no_waiting = SimpleNamespace(sleep=lambda seconds: None)  # between Dagster's six attempts
+    monkeypatch.setattr(postgres, "time", no_waiting)
+    with socket.socket() as nobody:  # bound, and not listening
+        nobody.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+        monkeypatch.setenv("AUTOINTERP_POSTGRES_URL", url.format(port=nobody.getsockname()[1]))
+        shutil.copy(CHECKOUT / "deploy" / "gpu_node" / "dagster.yaml", tmp_path)
+        answer = invoke("run", small.path)
+    assert answer.exit_code == 1
+    assert re.search(f"RecordsError {tmp_path}: .*{message}", answer.stderr)
+    assert "See that the server in" in answer.stderr
+    assert "Free space" not in answer.stderr
+    assert "hidden" not in answer.output

@@ -4,6 +4,7 @@ import _thread
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from autointerp_dagster.adapters.llm.fake.server import FakeLLMServer
 from autointerp_dagster.core.errors import LLMError
 from autointerp_dagster.core.prompts import DESCRIPTION_LABEL, asked_for
 from autointerp_dagster.core.schemas import VERDICTS
+from autointerp_dagster.resources.versions import CHECKOUT
 from autointerp_dagster.study.stages import STAGES
 
 PROSE = "I would rather talk about something else."
@@ -203,6 +205,8 @@ def test_a_killed_process_leaves_nothing_that_a_rerun_does_not_mend(
 def _kill_at(bench: Bench, server: FakeLLMServer, n_requests: int) -> None:
     """Runs the study in a process of its own and kills it once so many requests have come."""
     home = bench.folder / "dagster_home"
+    home.mkdir(exist_ok=True)
+    shutil.copy(CHECKOUT / "dagster_home" / "dagster.yaml", home)  # with pools, which kills hold
     environment = {**os.environ, "DAGSTER_HOME": str(home), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "autointerp_dagster.cli.main", "run", str(bench.path)]
     process = subprocess.Popen(

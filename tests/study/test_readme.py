@@ -16,9 +16,18 @@ def test_the_study_that_the_readme_shows_is_valid(tmp_path):
 
 
 def test_every_file_that_the_readme_links_to_exists():
-    links = re.findall(r"\]\((?!http)([^)]+)\)", README.read_text())
+    links = re.findall(r"\]\((?!http)([^)#]+)(?:#([^)]+))?\)", README.read_text())
     assert links
-    assert [link for link in links if not (README.parent / link).exists()] == []
+    assert [path for path, _ in links if not (README.parent / path).exists()] == []
+    named = [(path, anchor) for path, anchor in links if anchor]
+    assert named
+    assert [(path, anchor) for path, anchor in named if anchor not in _anchors(path)] == []
+
+
+def _anchors(path: str) -> set[str]:
+    """Those that GitHub gives a file's headings."""
+    headings = re.findall(r"^#+ (.+)$", (README.parent / path).read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
 
 
 CORPORA = (README.parent / "docs" / "corpora.md").read_text()
