@@ -118,7 +118,7 @@ def test_a_lost_or_damaged_template_is_named_and_the_answers_are_still_there(tmp
         Journal(UPath(tmp_path)).find("a")
     template.unlink()
     journal = Journal(UPath(tmp_path))
-    with pytest.raises(StoreError, match="cannot be read"):
+    with pytest.raises(StoreError, match="a prompt is missing"):
         journal.find("a")
     assert journal.lookup(BLOCK, "a") == Reply("[1]", "stop")
 
