@@ -18,7 +18,7 @@ import dagster as dg
 from autointerp_dagster.study.stages import STAGES
 
 PROCESS_TAG = "autointerp/process"
-"""The process that a run goes on in: host, pid, and when it began."""
+"""The process that a run goes on in: host, what its pid counts in, pid, and when it began."""
 _EVERY_S = 2.0
 _POOLS = sorted({stage.pool for stage in STAGES.values() if stage.pool})
 _ENDED = {dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED}
@@ -28,17 +28,19 @@ _logger = logging.getLogger(__name__)
 
 def this_process() -> str:
     """The value of ``PROCESS_TAG`` for runs of this process."""
-    return f"{socket.gethostname()}/{os.getpid()}/{_began(os.getpid())}"
+    return f"{_place()}/{os.getpid()}/{_began(os.getpid())}"
 
 
 def is_gone(process: str) -> bool:
-    """Whether a process of this host has ended; false of other hosts, which cannot be looked at.
+    """Whether a process of this host has ended; false of others, which cannot be looked at.
+
+    A container is a host of its own, also where it has the name of its host.
 
     Args:
         process: A value of ``PROCESS_TAG``.
     """
-    host, pid, began = process.rsplit("/", 2)
-    if host != socket.gethostname():
+    place, pid, began = process.rsplit("/", 2)
+    if place != _place():
         return False
     now = _began(int(pid))
     return now is None or ("" not in (now, began) and now != began)
@@ -131,8 +133,17 @@ def _told(instance: dg.DagsterInstance, run_id: str) -> str:
     process = _process_of(instance, run_id)
     if process is None:
         return "of the UI or daemon (if that is gone: docs/operate.md, Free a pool)"
-    host, pid, _ = process.rsplit("/", 2)
+    host, _, pid, _ = process.rsplit("/", 3)
     return f"(process {pid} on {host})"
+
+
+def _place() -> str:
+    """Host and namespace of pids."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:  # no Linux
+        namespace = ""
+    return f"{socket.gethostname()}/{namespace}"
 
 
 def _began(pid: int) -> str | None:

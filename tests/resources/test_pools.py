@@ -22,7 +22,8 @@ from autointerp_dagster.resources.pools import (
 )
 from autointerp_dagster.resources.versions import CHECKOUT
 
-ELSEWHERE = "another-host/1/1"
+ELSEWHERE = "another-host/pid:[1]/1/1"
+HERE, _, _ = this_process().rsplit("/", 2)
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 def process_of(sleeper: subprocess.Popen[bytes]) -> str:
     stat = Path(f"/proc/{sleeper.pid}/stat").read_text()
-    return f"{socket.gethostname()}/{sleeper.pid}/{stat.split()[21]}"
+    return f"{HERE}/{sleeper.pid}/{stat.split()[21]}"
 
 
 def run_in_step(instance: dg.DagsterInstance, process: str | None) -> str:
@@ -73,7 +74,9 @@ def test_a_process_is_gone_once_it_has_ended_or_its_pid_is_anothers(sleeper):
     assert not is_gone(this_process())
     assert not is_gone(process)
     assert not is_gone(ELSEWHERE)
-    assert is_gone(f"{socket.gethostname()}/{os.getpid()}/1")  # began at another time
+    assert is_gone(f"{HERE}/{os.getpid()}/1")  # began at another time
+    container = f"{socket.gethostname()}/pid:[1]"
+    assert not is_gone(f"{container}/{os.getpid()}/1")  # other pids under the same name
     sleeper.kill()
     os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)
     assert is_gone(process)  # nobody has asked how it ended
@@ -112,7 +115,7 @@ def test_runs_that_may_be_alive_are_left_alone(shipped, sleeper):
 
 
 def test_a_slot_of_a_dead_run_that_somebody_has_cancelled_is_freed(shipped):
-    run_id = run_in_step(shipped, f"{socket.gethostname()}/{os.getpid()}/1")
+    run_id = run_in_step(shipped, f"{HERE}/{os.getpid()}/1")
     shipped.report_run_canceled(shipped.get_run_by_id(run_id))
     assert len(end_dead_runs(shipped)) == 1
     assert status_of(shipped, run_id) is dg.DagsterRunStatus.CANCELED
