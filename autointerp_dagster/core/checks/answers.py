@@ -1,11 +1,12 @@
 """Answers that never came, latents that were not scored, and judges that see what is not there."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
 import polars as pl
 
-from autointerp_dagster.core.checks.findings import Findings, added, grouped
+from autointerp_dagster.core.checks.findings import Findings, grouped
 from autointerp_dagster.core.checks.outcome import Outcome
 from autointerp_dagster.core.checks.shares import Bounds, Counts, Held
 from autointerp_dagster.core.metrics import HEADLINE
@@ -40,8 +41,8 @@ def failed_reasons(rows: pl.DataFrame) -> dict[str, int]:
 def failed_rate(places: Mapping[Cell, Findings], bounds: Bounds) -> Outcome:
     """Whether too much of what was asked, of an explainer or under its explanations, failed."""
     held = bounds.held(grouped({place: one.failed for place, one in places.items()}))
-    reasons = added(one.reasons for one in places.values()).items()
-    why = ", ".join(f"{reason} {n}" for reason, n in reasons)
+    reasons = sum((Counter(one.reasons) for one in places.values()), Counter[str]())
+    why = ", ".join(f"{reason} {n}" for reason, n in reasons.most_common())
     return Outcome(
         "failed_rate",
         held.passed,

@@ -3,7 +3,7 @@
 A manifest keeps it, so whoever reads the place can judge it against bounds of his own.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -71,12 +71,3 @@ def grouped(by_place: Mapping[Cell, Mapping[str, Counts]]) -> dict[str, dict[Cel
     return {
         name: {place: of[name] for place, of in by_place.items() if name in of} for name in names
     }
-
-
-def added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Counts by reason of several places, the largest first."""
-    total: dict[str, int] = {}
-    for part in counts:
-        for reason, n in part.items():
-            total[reason] = total.get(reason, 0) + n
-    return dict(sorted(total.items(), key=lambda item: -item[1]))
