@@ -62,6 +62,7 @@ def write_study(
         "scorers": {"detection": {}},
         "floors": {"sample": 1, "donor_block": range_size},
         "metrics": {"n_bootstrap": 100},
+        "checks": {"fvu": None},  # the coders are random: they rebuild nothing
         "logit_lens": False,
         "store": str(folder / "store"),
     }  # fmt: skip

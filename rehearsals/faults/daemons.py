@@ -17,7 +17,7 @@ from rehearsals.faults.stack import Stack, end, wait_for
 from rehearsals.faults.trial import Trial, make_home, n_differing
 from tests.e2e.planted import LATENTS, save_coder
 
-_WHOLE_S = 600
+_WHOLE_S = 1200
 _MAX_KILLS, _BETWEEN_S = 6, (3, 25)
 _ENDED = ("SUCCESS", "FAILURE", "CANCELED")
 _OVERLAP_S = 5
