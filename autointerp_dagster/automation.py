@@ -11,6 +11,7 @@ from datetime import datetime
 import dagster as dg
 
 from autointerp_dagster.adapters.found_layers import By, Look
+from autointerp_dagster.core.listing import first_few
 from autointerp_dagster.partitions import partitions_of
 from autointerp_dagster.resources.events import asset_key
 from autointerp_dagster.resources.launching import Night, stages_of_new_layers
@@ -96,7 +97,7 @@ def _said(seen: Look) -> str:
     """A look in words, with what waits and what is broken."""
     lines = [seen.line]
     for what, reasons in (("waiting", seen.waiting), ("broken", seen.broken)):
-        some = list(reasons.items())[:_SHOWN]
-        lines += [f"{what}: {name}: {reason}" for name, reason in some]
-        lines += [f"and {len(reasons) - len(some)} more"] if len(reasons) > len(some) else []
+        if reasons:
+            said = [f"{what}: {name}: {reason}" for name, reason in reasons.items()]
+            lines.append(first_few(said, _SHOWN, "\n"))
     return "\n".join(lines)

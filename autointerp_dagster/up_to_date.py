@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import dagster as dg
 
 from autointerp_dagster.core.errors import AutoInterpError
+from autointerp_dagster.core.listing import first_few
 from autointerp_dagster.resources.events import asset_key
 from autointerp_dagster.resources.plots import table
 from autointerp_dagster.resources.staleness import (
@@ -71,9 +72,7 @@ def _metadata(found: Sequence[OutOfDate]) -> dict[str, dg.MetadataValue]:
 
 
 def _row(one: Alike) -> dict[str, str]:
-    n_left = len(one.cells) - _SHOWN_PLACES
-    more = f" and {n_left} more" if n_left > 0 else ""
-    places = ", ".join(one.cells[:_SHOWN_PLACES]) + more
+    places = first_few(one.cells, _SHOWN_PLACES)
     return {"stage": one.asset, "places": places, "why": "; ".join(one.reasons)}
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from autointerp_dagster.core.listing import first_few
 from autointerp_dagster.resources.staleness import OutOfDate, alike, n_places, summary_of
 from autointerp_dagster.study import Study
 
@@ -21,7 +22,11 @@ def print_stale(study: Study, found: Sequence[OutOfDate], console: Console) -> N
         columns = [Column(name, overflow="fold") for name in ("stage", "places", "why")]
         table = Table(*columns, title=f"{study.name}: out of date", show_lines=True)
         for one in alike(found):
-            table.add_row(one.asset, escape(_named(one.cells)), escape("\n".join(one.reasons)))
+            table.add_row(
+                one.asset,
+                escape(first_few(one.cells, _SHOWN, "\n")),
+                escape("\n".join(one.reasons)),
+            )
         console.print(table)
     console.print(summary_of(study, found))
 
@@ -31,8 +36,3 @@ def stale_as_json(study: Study, found: Sequence[OutOfDate]) -> str:
     places = [{**asdict(one), "is_direct": one.is_direct} for one in found]
     content = {"study": study.name, "n_places": n_places(study), "out_of_date": places}
     return json.dumps(content, indent=1, ensure_ascii=False)
-
-
-def _named(cells: Sequence[str]) -> str:
-    shown = "\n".join(cells[:_SHOWN])
-    return shown if len(cells) <= _SHOWN else f"{shown}\nand {len(cells) - _SHOWN} more"

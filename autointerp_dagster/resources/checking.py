@@ -25,6 +25,7 @@ from autointerp_dagster.core.checks import (
     splits_disjoint,
 )
 from autointerp_dagster.core.errors import CheckError
+from autointerp_dagster.core.listing import first_few
 from autointerp_dagster.core.types import Place
 from autointerp_dagster.study import Study
 from autointerp_dagster.study.checking import checks_of
@@ -106,10 +107,8 @@ def _refuse(what: str, outcomes: list[Outcome]) -> None:
 
 
 def _listed(offenders: Mapping[str, str]) -> str:
-    lines = [f"- {place}: {found}" for place, found in list(offenders.items())[:_SHOWN]]
-    if (more := len(offenders) - _SHOWN) > 0:
-        lines.append(f"- and {more} more")
-    return "\n".join(lines)
+    found = [f"{place}: {what}" for place, what in offenders.items()]
+    return "- " + first_few(found, _SHOWN, between="\n- ")
 
 
 def _outcome(name: CheckName, study: Study, places: Mapping[Any, Findings]) -> Outcome:

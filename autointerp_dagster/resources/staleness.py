@@ -19,6 +19,7 @@ from autointerp_dagster.adapters.heads import Heads, Name, read_heads
 from autointerp_dagster.adapters.manifests import Manifest
 from autointerp_dagster.adapters.storage import Store
 from autointerp_dagster.core.errors import AutoInterpError
+from autointerp_dagster.core.listing import first_few
 from autointerp_dagster.core.types import Place
 from autointerp_dagster.resources.identities import Identities
 from autointerp_dagster.resources.stage_inputs import StageInputs
@@ -201,7 +202,7 @@ class Staleness:
         for up, places in sources.items():
             cells = tuple(str(p) for p in places if (up.name, str(p)) in self._found)
             if cells:
-                text = f"follows {up.name} {_some(cells)}, which is out of date"
+                text = f"follows {up.name} {first_few(cells, _SHOWN)}, which is out of date"
                 yield Cause("follows", text, asset=up.name, cells=cells)
 
     def _changes(
@@ -317,7 +318,7 @@ def _input_changes(
             first = changed[0]
             yield Cause(
                 "external",
-                f"{_EXTERNAL[stage.name]}: {stage.name} {_some(changed)} changed, "
+                f"{_EXTERNAL[stage.name]}: {stage.name} {first_few(changed, _SHOWN)} changed, "
                 f"{old[first][:12]} -> {new[first][:12]}",
                 old=old[first],
                 new=new[first],
@@ -325,22 +326,17 @@ def _input_changes(
                 cells=changed,
             )
         elif changed:
-            text = f"input: {stage.name} {_some(changed)} was replaced"
+            text = f"input: {stage.name} {first_few(changed, _SHOWN)} was replaced"
             yield Cause("input", text, asset=stage.name, cells=changed)
         if added:
-            text = f"input: {stage.name} {_some(added)} is a new one"
+            text = f"input: {stage.name} {first_few(added, _SHOWN)} is a new one"
             yield Cause("input", text, asset=stage.name, cells=added)
         gone = old.keys() - {str(place) for place in places}
         if gone:
             before[stage.name] = dict.fromkeys(sorted(gone), "")
     for asset, cells in before.items():
-        text = f"input: {asset} {_some(tuple(cells))} is none any more"
+        text = f"input: {asset} {first_few(tuple(cells), _SHOWN)} is none any more"
         yield Cause("input", text, asset=asset, cells=tuple(cells))
-
-
-def _some(cells: Sequence[str]) -> str:
-    named = ", ".join(cells[:_SHOWN])
-    return named if len(cells) <= _SHOWN else f"{named} and {len(cells) - _SHOWN} more"
 
 
 def _value(value: Any) -> str:

@@ -20,6 +20,7 @@ from autointerp_dagster.adapters.coder_files.files import CoderFiles, open_files
 from autointerp_dagster.adapters.hookpoints import natural_order, translate, writes_of
 from autointerp_dagster.core.config import FileCoderConfig
 from autointerp_dagster.core.errors import AutoInterpError, CoderError, ModelError
+from autointerp_dagster.core.listing import first_few
 
 FORMATS: tuple[Format, ...] = (
     sparsify.FORMAT,
@@ -325,8 +326,7 @@ def _names(units: Sequence[_Item]) -> list[str]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_SHOWN]) or "none"
-    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return first_few(names, _SHOWN) or "none"
 
 
 def _nothing(
