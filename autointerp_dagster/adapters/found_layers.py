@@ -3,18 +3,20 @@
     discovery/<study>/layers/<layer>.json     a layer of the study, from then on
     discovery/<study>/refused/<coder>.json    a coder that cannot be used, and why
     discovery/<study>/looks/<name>.json       what the last look by sensor, schedule or hand found
+    discovery/<study>/claims/<kind>/*.json    what a look is about to register, or asks a run for
 
-A layer is registered by writing its file, so two who look at the same time do no harm. Whoever
-reads a study's layers, with or without Dagster, reads them here.
+Several may look at the same time: one registers a layer, and one asks for its run. Whoever reads a
+study's layers, with or without Dagster, reads them here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Literal, TypeVar
 from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from autointerp_dagster.adapters.bulk import list_files, look_at, read_files, remove
+from autointerp_dagster.adapters.claims import Claim
 from autointerp_dagster.adapters.durable import deleting, write_durably, writing
 from autointerp_dagster.adapters.heads import is_temporary
 from autointerp_dagster.adapters.hookpoints import natural_order
@@ -125,8 +127,35 @@ class FoundLayers:
         found = self._read("layers", FoundLayer)
         return sorted(found, key=lambda one: (one.found, natural_order(one.layer)))
 
+    def add(self, found: FoundLayer) -> FoundLayer | None:
+        """Registers a layer that is new.
+
+        Returns:
+            What is on record then: of another look, if that was first. Null: another look is just
+            registering it.
+
+        Raises:
+            StoreError: If the store cannot be read or written.
+        """
+        claim = Claim(self._root, f"{self._folder}/claims/registering", [found.layer])
+        if not claim.granted:
+            return None
+        there = next(self._parsed([self._path("layers", found.layer)], FoundLayer), None)
+        if there is None:
+            self.put(found)
+        claim.release()
+        return there or found
+
+    def claim_launches(self, findings: Collection[str]) -> set[str]:
+        """Those of some findings of layers that nobody else is just asking a run for.
+
+        Raises:
+            StoreError: If the store cannot be read or written.
+        """
+        return Claim(self._root, f"{self._folder}/claims/launching", findings).granted
+
     def put(self, found: FoundLayer) -> None:
-        """Registers a layer, or says what is now known of one.
+        """Says what is now known of a layer that is registered.
 
         Raises:
             StoreError: If the store cannot be written.
@@ -184,8 +213,11 @@ class FoundLayers:
     def _read(self, kind: str, model: type[R]) -> Iterator[R]:
         folder = f"{self._folder}/{kind}"
         paths = sorted(path for path in list_files(self._root, folder) if not is_temporary(path))
+        return self._parsed(paths, model)
+
+    def _parsed(self, paths: Iterable[str], model: type[R]) -> Iterator[R]:
         for path, data in read_files(self._root, paths):
-            if data is None:  # removed meanwhile
+            if data is None:  # there is none, or it was removed meanwhile
                 continue
             try:
                 yield model.model_validate_json(data)

@@ -218,15 +218,21 @@ class _Look:
         )
 
     def _take(self, found: FoundLayer, known: FoundLayer | None) -> None:
-        if known is not None:
+        if known is None:
+            there = self._records.add(found)
+            if there is None:
+                self.findings.waiting[found.layer] = "another look is just registering it"
+                return
+            if there == found:
+                self.findings.new.append(found)
+            found = there
+        else:
             is_other = found.identity != known.identity
             changed = found.found if is_other else known.changed
             found = found.model_copy(update={"found": known.found, "changed": changed})
             if is_other:
                 self.findings.changed.append(found)
-        else:
-            self.findings.new.append(found)
-        self._records.put(found)
+            self._records.put(found)
         self.findings.layers[found.key] = found
         self._add_baselines(found)
 

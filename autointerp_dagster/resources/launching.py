@@ -52,7 +52,8 @@ def wanted_runs(
 
     New is what has no results yet and was in no run that was asked for before, failed ones
     included: what failed is run again by hand. By night, layers that a budget cut short are wanted
-    as well.
+    as well. What another look is just asking a run for is not wanted: Dagster looks for a run of
+    that key and then makes one, and two daemons, or sensor and schedule, may both find none.
 
     Args:
         instance: Where the runs are.
@@ -62,10 +63,10 @@ def wanted_runs(
         night: Null: it is not for a night.
 
     Raises:
-        StoreError: If the store cannot be read.
+        StoreError: If the store cannot be read or written.
     """
     found = {one.key: one for one in records.layers()}
-    runs = instance.get_runs(filters=dg.RunsFilter(tags={STUDY_TAG: study.name}))
+    runs = _runs(instance, study)
     asked = {one for run in runs for one in _layers_of(run)}
     under_way = {one for run in runs if not run.is_finished for one in _layers_of(run)}
     seen = {layer: (str(store.root), study.name, _finding(found[layer])) for layer in found}
@@ -79,6 +80,12 @@ def wanted_runs(
         wanted = [
             k for k in open_ if (k in new and None in last[k]) or (night and _is_cut(last[k]))
         ]
+    if wanted:
+        again = "" if night is None else f" {night.name}"
+        names = {k: _finding(found[k]) + ("" if k in new else again) for k in wanted}
+        mine = records.claim_launches(names.values())
+        since = _asked_since(instance, study, runs)
+        wanted = [k for k in wanted if names[k] in mine and _finding(found[k]) not in since]
     return [_request(study, found, k, night) for k in _rectangles(study, found, wanted)]
 
 
@@ -102,6 +109,19 @@ def _request(
         },
     )
     return request, [str(layer) for layer in layers]
+
+
+def _runs(instance: dg.DagsterInstance, study: Study) -> Sequence[dg.DagsterRun]:
+    return instance.get_runs(filters=dg.RunsFilter(tags={STUDY_TAG: study.name}))
+
+
+def _asked_since(
+    instance: dg.DagsterInstance, study: Study, before: Sequence[dg.DagsterRun]
+) -> set[str]:
+    """Findings with a run that another look asked for since."""
+    known = {run.run_id for run in before}
+    later = (run for run in _runs(instance, study) if run.run_id not in known)
+    return {one for run in later for one in _layers_of(run)}
 
 
 def _layers_of(run: dg.DagsterRun) -> list[str]:

@@ -18,7 +18,7 @@ from rehearsals.faults.trial import Trial, make_home, n_differing
 from tests.e2e.planted import LATENTS, save_coder
 
 _WHOLE_S = 1200
-_MAX_KILLS, _BETWEEN_S = 6, (3, 25)
+_MAX_KILLS, _BETWEEN_S = 6, (3, 15)
 _ENDED = ("SUCCESS", "FAILURE", "CANCELED")
 _OVERLAP_S = 5
 _LAYER_TAG = "autointerp/new_layers"
@@ -74,6 +74,7 @@ def schedulers(rehearsal: Rehearsal) -> Figures:
         "coders": {"sae": {"path": str(coders)}},
     }
     trial = Trial(rehearsal.undisturbed.folder.parent / "schedulers", _with(rehearsal, over))
+    n_before = len(rehearsal.server.requests)
     with Stack(trial) as stack:
         daemons = [stack.daemon("daemon_a"), stack.daemon("daemon_b")]
         stack.switch_on(f"{trial.study.name}_new_coders")
@@ -84,7 +85,9 @@ def schedulers(rehearsal: Rehearsal) -> Figures:
         runs = [run for run in stack.runs() if _LAYER_TAG in run["tags"]]
         n_alive = sum(process.poll() is None for process in daemons)
     layers = Counter(run["tags"][_LAYER_TAG] for run in runs)
-    say(f"two daemons: runs by layer {dict(layers)}, whole: {is_whole}, {n_alive} still alive")
+    n_calls = len(rehearsal.server.requests) - n_before
+    told = f"{n_alive} still alive, {n_calls} calls"
+    say(f"two daemons: runs by layer {dict(layers)}, whole: {is_whole}, {told}")
     n_bad = sum(run["status"] != "SUCCESS" for run in runs)
     yield Result("two daemons: alive in the end", n_alive, 2, "daemons")
     yield none("two daemons: layers not launched exactly once", _not_once(layers), "layers")

@@ -1,10 +1,12 @@
 """Studies whose layers turn up: real ticks of the sensor, real runs, real staleness."""
 
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -71,6 +73,11 @@ class Watched(Bench):
         ) as context:
             found = schedule.evaluate_tick(context)
         return found.skip_message or "", list(found.run_requests or [])
+
+    def lapse(self) -> None:
+        """Whatever a look claimed, it claimed long ago."""
+        for path in self.folder.glob("store/discovery/*/claims/*/*.json"):
+            os.utime(path, (0, 0))
 
     def launch(self, request: dg.RunRequest) -> None:
         """The run that was asked for, as the daemon would create it."""
@@ -187,13 +194,38 @@ def test_the_night_launches_what_is_new_under_one_budget_and_leaves_a_summary(wa
     watched.launch(runs[0])
     cells = {asset: head for (asset, _), head in watched.heads().items() if not head.complete}
     assert {"explanations", "latent_metrics"} <= cells.keys()  # one token buys nothing
+    watched.lapse()
     _, runs = watched.night(hour=3)  # goes on with what was cut short, under another budget
     assert [range_of(run)[0].split("|")[0] for run in runs] == ["sae@h.0", "sae@h.1"]
     assert {run.tags["autointerp/budget"] for run in runs} == {"planted_nightly_20261129T0300"}
     watched.overrides["discovery"] = {"settle_s": 0}
     watched.launch(watched.night(hour=4)[1][0])
     assert all(head.complete for head in watched.heads().values())
+    watched.lapse()
     assert [run.tags["autointerp/new_layers"][:7] for run in watched.night(5)[1]] == ["sae@h.1"]
+
+
+def test_looks_at_the_same_moment_ask_for_one_run(watched, durable, monkeypatch):
+    watched.instance = durable
+    save_coder(watched.coders / "h.0", "h.0")
+    _, (request,) = watched.tick()
+    save_coder(watched.coders / "h.1", "h.1")
+    _, (other,) = watched.night()  # the sensor's run is not yet made
+    assert range_of(other)[0].startswith("sae@h.1|")
+    assert watched.tick() == ("2 layers; nothing new", [])
+    watched.lapse()  # nobody made the runs
+    assert [range_of(run) for run in watched.tick()[1]] == [range_of(request), range_of(other)]
+
+    watched.lapse()
+    claim = FoundLayers.claim_launches
+
+    def claim_late(*arguments: Any) -> set[str]:
+        for run in (request, other):  # this look knows of no run, and now there are two
+            watched.launch(run)
+        return claim(*arguments)
+
+    monkeypatch.setattr(FoundLayers, "claim_launches", claim_late)
+    assert watched.tick() == ("2 layers; nothing new", [])
 
 
 def test_a_broken_coder_is_an_event_once_and_blocks_no_other(watched):
@@ -204,7 +236,8 @@ def test_a_broken_coder_is_an_event_once_and_blocks_no_other(watched):
     _, (request,) = watched.tick()
     assert range_of(request)[0].startswith("sae@h.1|")
     for _ in range(2):
-        watched.tick()
+        watched.lapse()
+        assert watched.tick()[1] == [request]
     key = dg.AssetKey(["planted", "sparse_coders"])
     records = watched.instance.fetch_observations(key, limit=20).records
     events = [record.asset_observation for record in records]
